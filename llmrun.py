@@ -1,0 +1,3882 @@
+#!/usr/bin/env python3
+"""llmrun: run a language model on a Slurm cluster, from this one file.
+
+    python llmrun.py demo                   see it work right here, without Slurm or a model
+    python llmrun.py init                   write config.toml and example prompts
+    python llmrun.py submit config.toml     place the model, answer every prompt, tear it down
+
+The same file is the command on the login node, the driver inside the job and the agent on every
+node. It needs CPython 3.9 or newer and nothing else. It is built in floors, bottom up: a section
+uses only what stands above it (Assets, the constant texts, stand last and use nothing).
+"""
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["requests", "openai", "tomli; python_version < '3.11'"]
+# ///
+import sys
+
+
+def run_with_newer_python():
+    """Go on in the newest Python that really runs here, or say what was found.
+
+    Many login nodes have 3.6, so this function, like the whole file, keeps to grammar that 3.6
+    can read. Names on the PATH are tried, not believed: pyenv's shims stand there and fail."""
+    import os
+    import shutil
+    import subprocess
+
+    named = os.environ.get("LLMRUN_PYTHON")
+    test = "import sys; sys.exit(sys.version_info < (3, 9))"
+    for name in [named] if named else ["python3.%d" % minor for minor in range(14, 8, -1)]:
+        path = shutil.which(name)
+        if path and subprocess.call([path, "-c", test], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0:
+            os.execv(path, [path] + sys.argv)
+    sys.stderr.write(
+        "llmrun: this is Python %d.%d and llmrun needs 3.9 or newer; %s. Sites usually offer one by "
+        "`module avail python` then `module load`, or by conda; or name one: LLMRUN_PYTHON=/path/to/python3\n"
+        % (sys.version_info[0], sys.version_info[1],
+           "LLMRUN_PYTHON=%s does not run or is too old" % named if named
+           else "no python3.9 to python3.14 on the PATH runs"))
+    sys.exit(2)
+
+
+if sys.version_info < (3, 9):
+    run_with_newer_python()
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import mmap
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+VERSION = "0.1"
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 1 · Basics
+#
+# Owns what every floor needs: errors that carry their mend, files that are whole or absent,
+# sizes and durations in words, the one clock, the one wait, the log.
+# Knows nothing of models, Slurm or prompts.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+DONE, SOME_FAILED, BAD_INPUT, CLUSTER_FAILED, WORK_LEFT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+class UserError(Exception):
+    """What is wrong, where, and what its reader can do about it; one line."""
+
+    exit_code = BAD_INPUT
+
+    def __init__(self, where, what, mend=""):
+        super().__init__(where, what, mend)
+        self.where, self.what, self.mend = str(where), one_line(what), one_line(mend)
+
+    def __str__(self):
+        text = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{text}; {self.mend}" if self.mend else text
+
+
+class ClusterError(UserError):
+    """The user's input was right, but the engine or the cluster did not do its part."""
+
+    exit_code = CLUSTER_FAILED
+
+
+def one_line(text):
+    return " ".join(str(text).split())
+
+
+def os_reason(error):
+    """An OSError in words, without Python's number and path around them."""
+    return (error.strerror or str(error)).lower()
+
+
+def write_file(path, text, mode=0o644):
+    """Write a file that is either whole under its name or not there at all."""
+    path = Path(path)
+    data = text if isinstance(text, bytes) else text.encode()
+    handle, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=f".{path.name[:64]}.")
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            os.fchmod(file.fileno(), mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_lines(path):
+    """The whole lines of a file that may still be written to; a torn last line is not there yet."""
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return []
+    return data[:data.rfind(b"\n") + 1].splitlines()
+
+
+def read_json_lines(path):
+    """The objects of a JSONL file; a line torn by a crash and written over is left out."""
+    for line in read_lines(path):
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9,
+              "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+DURATION_UNITS = {"ms": 0.001, "": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+def parse_size(text):
+    """Bytes of "20GB", "512 MiB" or a plain number; G alone is GiB, as Slurm reads it."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(text).strip())
+    if not match or match.group(2).upper() not in SIZE_UNITS:
+        raise ValueError('write a number and a unit, as in "24GB"')
+    return int(float(match.group(1)) * SIZE_UNITS[match.group(2).upper()])
+
+
+def parse_duration(text):
+    """Seconds of "90s", "2min", "1.5h" or a plain number."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(text).strip())
+    if not match or match.group(2) not in DURATION_UNITS:
+        raise ValueError('write a number and a unit, as in "90s", "10min" or "2h"')
+    return float(match.group(1)) * DURATION_UNITS[match.group(2)]
+
+
+def show_size(size_bytes):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size_bytes >= size:
+            return f"{size_bytes / size:.1f} {unit}"
+    return f"{size_bytes} B"
+
+
+def show_duration(time_s):
+    time_s = int(round(time_s))
+    if time_s < 60:
+        return f"{time_s}s"
+    if time_s < 3600:
+        return f"{time_s // 60}m{time_s % 60:02d}s"
+    days, hours = divmod(time_s // 3600, 24)
+    return (f"{days}d{hours:02d}h" if days else f"{hours}h") + f"{time_s // 60 % 60:02d}m"
+
+
+def nearest(word, words):
+    """", did you mean "…"?" for a word that nobody knows, or nothing."""
+    found = difflib.get_close_matches(str(word), list(words), 1, 0.6)
+    return f'did you mean "{found[0]}"?' if found else ""
+
+
+clock = time.monotonic  # for waits and durations; the time of day is only ever written down
+
+
+def log(text):
+    """One line for whoever reads the job's output."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {one_line(text)}\n")
+    sys.stderr.flush()
+
+
+async def wait_until(what, condition, timeout_s, mend="", poll_s=0.05):
+    """The one wait that polls: our own ports and files, every 50 ms, until `condition()` holds.
+
+    It names what it waits for, so that a hang explains itself."""
+    end = clock() + timeout_s
+    while True:
+        value = condition()
+        if asyncio.iscoroutine(value):
+            value = await value
+        if value:
+            return value
+        if clock() >= end:
+            raise ClusterError("", f"waited {show_duration(timeout_s)} for {what}", mend)
+        await asyncio.sleep(poll_s)
+
+
+async def first_failure(*tasks):
+    """Run tasks together; when one fails, end the others and raise its error."""
+    tasks = [asyncio.ensure_future(task) for task in tasks]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 2 · Config
+#
+# Owns the one schema: every key with its kind, default and words. Reading, checking, --set, the
+# example file and `help config` all come from it, and old config.json files are turned into it.
+# Leaves to later floors what a value means: whether the model exists, or Slurm takes the time.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class Kind(NamedTuple):
+    """What a value may be: in words for its writer, and as the function that checks and converts it.
+
+    `convert(value, base)` raises ValueError with the mend. `base` is the folder that relative paths
+    start from; it is None where a frozen config is read again and nothing may be expanded twice."""
+
+    words: str
+    convert: Callable
+
+
+def expand(value, base):
+    if not isinstance(value, str):
+        raise ValueError("put it in quotes")
+    if "\0" in value:
+        raise ValueError("take out the NUL character")
+    if base is None:
+        return value
+    expanded = os.path.expandvars(os.path.expanduser(value))
+    unknown = re.search(r"\$(\w+|\{\w+\})", expanded)
+    if unknown:
+        raise ValueError(f"{unknown.group()} is not set in the environment")
+    return expanded
+
+
+def one_line_text(value, base):
+    value = expand(value, base)
+    if "\n" in value or "\r" in value:
+        raise ValueError("write it on one line")
+    return value
+
+
+def path_text(value, base):
+    value = one_line_text(value, base)
+    return os.path.normpath(os.path.join(base, value)) if value and base is not None else value
+
+
+def node_text(value, base):
+    """Text whose $VARS mean the node's and are expanded there."""
+    return expand(value, None)
+
+
+def run_name(value, base):
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+        raise ValueError("use up to 64 letters, digits, dots, dashes and underscores, as in \"llama-70b\"")
+    return value
+
+
+def number_between(least, most):
+    def convert(value, base):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"write a whole number, as in {max(least, 1)}")
+        if not least <= value <= most:
+            raise ValueError(f"write a number from {least} to {most}")
+        return value
+    return Kind("a whole number", convert)
+
+
+def number_or(word, least, most):
+    number = number_between(least, most)
+
+    def convert(value, base):
+        return value if value == word else number.convert(value, base)
+    return Kind(f'a whole number or "{word}"', convert)
+
+
+def from_words(words, parse):
+    """A kind whose values are text or numbers that `parse` understands."""
+    def convert(value, base):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError("put it in quotes")
+        return parse(value)
+    return Kind(words, convert)
+
+
+def flag(value, base):
+    if not isinstance(value, bool):
+        raise ValueError("write true or false, without quotes")
+    return value
+
+
+def list_of(kind):
+    def convert(value, base):
+        if not isinstance(value, list):
+            raise ValueError("write a list, as in [\"a\", \"b\"]")
+        return [kind.convert(item, base) for item in value]
+    return Kind(f"a list, each {kind.words}", convert)
+
+
+def texts_by_name(value, base):
+    if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
+        raise ValueError("write a table of names and values")
+    return value
+
+
+def any_table(value, base):
+    if not isinstance(value, dict):
+        raise ValueError("write a table of names and values")
+    return value
+
+
+def choice(*words):
+    def convert(value, base):
+        if value not in words:
+            raise ValueError(nearest(value, words) or "write one of " + ", ".join(words))
+        return value
+    return Kind("one of " + ", ".join(words), convert)
+
+
+TEXT = Kind("one line of text", one_line_text)
+PATH = Kind("a path", path_text)
+NODE_TEXT = Kind("text", node_text)
+NAME = Kind("a name for files and folders", run_name)
+FLAG = Kind("true or false", flag)
+TEXTS = Kind("a table of texts", texts_by_name)
+TABLE = Kind("a table", any_table)
+SIZE = from_words("a size", parse_size)
+DURATION = from_words("a duration", parse_duration)
+AMOUNT = from_words("a number or text", str)
+PORT = number_between(0, 65535)
+
+
+def key(default, kind, doc, example=None):
+    """A key of the config; one with an example stands uncommented in the example file."""
+    extra = {"kind": kind, "doc": doc, "example": example}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=extra)
+    return dataclasses.field(default=default, metadata=extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlurmConfig:
+    """What to ask Slurm for. What is left out, the site decides."""
+
+    nodes: Any = key(1, number_or("auto", 1, 4096), "How many nodes; \"auto\" takes as many as the model needs "
+                     "at model.vram_per_node.", example=1)
+    time: str = key("01:00:00", TEXT, "The longest the job may take: hours:minutes:seconds, or days-hours.",
+                    example="01:00:00")
+    partition: str = key("", TEXT, "The partition (queue); `sinfo` lists them.")
+    account: str = key("", TEXT, "The account that is charged.")
+    qos: str = key("", TEXT, "The quality of service.")
+    gpus_per_node: str = key("", AMOUNT, "GPUs on each node, as in \"2\" or \"a100:2\".")
+    cpus_per_node: int = key(0, number_between(0, 4096), "CPU cores on each node; 0 leaves it to the site.")
+    mem: str = key("", AMOUNT, "Memory of each node, as in \"64G\"; \"0\" is all of it.")
+    constraint: str = key("", TEXT, "Features the nodes must have.")
+    nodelist: str = key("", TEXT, "Nodes to use, as in \"gpu[01-04]\".")
+    exclude: str = key("", TEXT, "Nodes not to use.")
+    reservation: str = key("", TEXT, "A reservation to use.")
+    jobs: int = key(1, number_between(1, 1000), "Split the prompts over so many jobs (a Slurm array), each with "
+                    "its own nodes and engine.")
+    grace: float = key(120.0, DURATION, "How long before the time limit to stop asking new prompts.")
+    output: str = key("", PATH, "The job's own output; by default slurm-JOB.out in the run's logs. "
+                      "%j stands for the job id.")
+    directives: List[str] = key([], list_of(TEXT), "More #SBATCH options as they are, as in [\"--exclusive\"]; "
+                                "the keys above win.")
+    extra: Dict[str, Any] = key({}, TEXTS, "More options by name: licenses = \"x\" becomes --licenses=x.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvironmentConfig:
+    """What is prepared on the nodes, once, before anything starts."""
+
+    python: str = key("", PATH, "The Python (3.9 or newer) that runs llmrun on the nodes; by default the one "
+                      "that submits, or the newest found.")
+    modules: List[str] = key([], list_of(TEXT), "Modules to load, as in [\"cuda/12.4\"].")
+    conda: str = key("", NODE_TEXT, "A conda environment to activate, by name or folder.")
+    venv: str = key("", PATH, "A Python virtual environment to activate; its Python also runs llmrun.")
+    setup: List[str] = key([], list_of(NODE_TEXT), "Shell lines to run after that.")
+    vars: Dict[str, Any] = key({}, TEXTS, "Environment variables to set; $NAMES in them mean the node's.")
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """How the nodes talk to each other. Usually nothing needs to be said."""
+
+    interface: str = key("", TEXT, "The network interface to use between nodes, as in \"ib0\".")
+    ports: str = key("", TEXT, "The range that ports are taken from, as in \"20000-20100\"; by default any free one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The model."""
+
+    path: str = key("", PATH, "The GGUF file; of a split model the first part.", example="~/models/model.gguf")
+    name: str = key("", TEXT, "The name that prompts and results use; by default the file's name.")
+    vram_per_node: int = key(0, SIZE, "GPU memory of one node, as in \"24GB\"; needed for nodes = \"auto\".")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """llama.cpp's own settings."""
+
+    gpu_layers: Any = key("auto", number_or("auto", 0, 100000), "Layers to put on GPUs; \"auto\" is as many as fit.")
+    rpc_port: int = key(0, PORT, "The port of the RPC workers; 0 takes a free one.")
+    rpc_cache: str = key("", NODE_TEXT, "A node-local folder in which RPC workers keep their part of the model "
+                         "for the next start, as in \"/scratch/$USER/rpc\".")
+    user_settings: bool = key(False, FLAG, "Also obey LLAMA_ARG_* variables and ~/.config/llama.cpp/config.ini.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """The program that runs the model."""
+
+    name: str = key("llama.cpp", choice("llama.cpp", "echo"), "Which engine: llama.cpp, or echo (no model: it "
+                    "repeats the prompt, to try things out).", example="llama.cpp")
+    path: str = key("", PATH, "llama-server, or the folder it lies in; by default it is looked for on the nodes' "
+                    "PATH.", example="~/llama.cpp/build/bin")
+    slots: int = key(4, number_between(1, 1024), "Prompts answered at the same time.", example=4)
+    context: int = key(4096, number_between(256, 2**24), "Tokens of context for each of them: prompt and answer "
+                       "together.", example=4096)
+    port: int = key(0, PORT, "The engine's port; 0 takes a free one.")
+    load_timeout: float = key(3600.0, DURATION, "How long the model may take to load.")
+    args: List[str] = key([], list_of(NODE_TEXT), "More arguments for the engine, as in [\"--flash-attn\", \"on\"].")
+    llama: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptsConfig:
+    """What is asked."""
+
+    system: str = key("", PATH, "A text file with the system prompt.", example="prompts/system.txt")
+    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count.",
+                    example="prompts/user")
+    max_tokens: int = key(1024, number_between(1, 2**24), "The longest answer, in tokens.", example=1024)
+    params: Dict[str, Any] = key({}, TABLE, "More of each request, as in temperature = 0.2 or seed = 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultsConfig:
+    """Where the answers go."""
+
+    folder: str = key("", PATH, "The folder of the answers; by default results/ in the run's folder.")
+    file_name: str = key("{path}", TEXT, "The name of each answer's file: {path} is the prompt's path, {name} its "
+                         "name without folder and ending.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str = key("llmrun", NAME, "The run's name; its folder and its Slurm job are called after it.",
+                    example="my-run")
+    run_dir: str = key("runs", PATH, "The folder that holds the runs; the compute nodes must see it too.")
+    slurm: SlurmConfig = dataclasses.field(default_factory=SlurmConfig)
+    environment: EnvironmentConfig = dataclasses.field(default_factory=EnvironmentConfig)
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
+    results: ResultsConfig = dataclasses.field(default_factory=ResultsConfig)
+    source: str = dataclasses.field(default="", metadata={"kind": TEXT, "doc": ""})
+
+    def error(self, dotted, what, mend=""):
+        """The error for a key whose value turned out wrong on a later floor."""
+        value = self
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        return key_error(self.source, dotted, value, what, mend)
+
+
+def key_error(source, dotted, value, what, mend):
+    shown = json.dumps(value, default=str)
+    table, _, name = dotted.rpartition(".")
+    shown = shown if len(shown) <= 120 else shown[:117] + "..."
+    return UserError(place_of(source, dotted), f"{f'[{table}] ' if table else ''}{name} = {shown}: {what}", mend)
+
+
+def place_of(source, dotted):
+    """"config.toml:12", the line on which a key stands, where that can be found out."""
+    table, _, name = dotted.rpartition(".")
+    current = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = Path(source).read_text().splitlines() if source.endswith(".toml") else []
+        for number, line in enumerate(lines, 1):
+            header = re.match(r"\s*\[([^\[\]]+)\]", line)
+            current = header.group(1).strip() if header else current
+            if current == table and re.match(r"\s*[\"']?%s[\"']?\s*=" % re.escape(name), line):
+                return f"{source}:{number}"
+    return source
+
+
+def build_config(schema, data, source, base, table=""):
+    """A config (or one table of it) from plain data, every key checked."""
+    if not isinstance(data, dict):
+        raise key_error(source, table, data, "not a table", f"write its keys below a line [{table}]")
+    fields = {field.name: field for field in dataclasses.fields(schema)}
+    for name in data:
+        if name not in fields:
+            known = [f for f in fields if f != "source"]
+            raise UserError(place_of(source, f"{table}.{name}" if table else name),
+                            f"unknown key {f'[{table}] ' if table else ''}{name}",
+                            nearest(name, known) or "known are " + ", ".join(known))
+    values = {}
+    for name, field in fields.items():
+        dotted = f"{table}.{name}" if table else name
+        if dataclasses.is_dataclass(field.type):
+            values[name] = build_config(field.type, data.get(name, {}), source, base, dotted)
+            continue
+        given = data[name] if name in data else default_of(field)
+        try:
+            values[name] = field.metadata["kind"].convert(given, base)
+        except ValueError as error:
+            raise key_error(source, dotted, given, f"not {field.metadata['kind'].words}", error)
+    return schema(**values)
+
+
+def default_of(field):
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def toml_reader():
+    """The `loads` of whichever TOML reader this Python has."""
+    for module in ("tomllib", "tomli", "pip._vendor.tomli"):
+        with contextlib.suppress(ImportError):
+            return __import__(module, fromlist=["loads"]).loads
+    return None
+
+
+def parse_config_text(text, source):
+    if source.endswith(".json") or text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source}:{getattr(error, 'lineno', 1)}", f"not JSON: {getattr(error, 'msg', error)}",
+                            "mend that line; the error may start on the line before")
+    loads = toml_reader()
+    if not loads:
+        raise UserError(source, "this Python cannot read TOML",
+                        "`python -m pip install --user tomli`, use Python 3.11 or newer, or write the config as JSON")
+    try:
+        return loads(text)
+    except ValueError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise UserError(f"{source}:{line.group(1)}" if line else source, f"not TOML: {error}",
+                        "texts need quotes, tables stand in [brackets]")
+
+
+MAX_CONFIG_BYTES = 2**20
+
+
+def read_user_file(path, what):
+    """The text of a file that the user names; whatever is wrong with it is said in one line."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        mend = {errno.ENOENT: "check the path", errno.EISDIR: "name a file in it", errno.ELOOP: "name the real file",
+                errno.EACCES: "make it readable: chmod u+r"}.get(error.errno, "check the path")
+        raise UserError(path, f"cannot read the {what}: {os_reason(error)}", mend)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}", f"the {what} is not UTF-8 text",
+                        "save it as UTF-8, or convert it with iconv")
+
+
+def read_config(path, overrides=()):
+    """The config of a file as the user means it, and what to tell about how it was read."""
+    path = os.path.abspath(path)
+    if os.path.isfile(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
+        raise UserError(path, f"a config of {show_size(os.path.getsize(path))}",
+                        "that is no llmrun config; `init` writes one to start from")
+    data = parse_config_text(read_user_file(path, "config"), path)
+    base = os.path.dirname(path)
+    notes = []
+    if isinstance(data, dict) and "dir_llama_script" in data:
+        data, notes = from_flat_config(data, path)
+    if not isinstance(data, dict):
+        raise UserError(path, "not a table of keys", "`init` writes a config to start from")
+    for override in overrides:
+        apply_override(data, override)
+    data.pop("source", None)
+    return dataclasses.replace(build_config(Config, data, path, base), source=path), notes
+
+
+def apply_override(data, override):
+    """Put `--set table.key=value` into the data of a config."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", dotted.strip()):
+        raise UserError(f"--set {override}", "not of the form table.key=value", "as in --set slurm.nodes=3")
+    *tables, name = dotted.strip().split(".")
+    for table in tables:
+        data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            raise UserError(f"--set {override}", f"{table} is no table", "`help config` lists the tables")
+    data[name] = parse_value(text.strip())
+
+
+def parse_value(text):
+    """A value as TOML or JSON would read it; anything else is text that needs no quotes here."""
+    loads = toml_reader()
+    with contextlib.suppress(ValueError):
+        return loads(f"value = {text}")["value"] if loads else json.loads(text)
+    return text
+
+
+FLAT_KEYS = {"job_name": "name", "output_log": "slurm.output", "dir_llama_script": "engine.path",
+             "model": "model.path", "port_rpc": "engine.llama.rpc_port", "port_server": "engine.port",
+             "venv_dir": "environment.venv", "prompt_server": "prompts.system", "prompts_user_dir": "prompts.user",
+             "nodes": "slurm.nodes", "time": "slurm.time"}
+FLAT_CONTEXT = 8192  # what the scripts around these files always passed as -c
+
+
+def from_flat_config(flat, source):
+    """The config that a lab's flat config.json means, and what its user should know of it."""
+    known = list(FLAT_KEYS) + ["result_dir", "ntasks", "sbatch_script"]
+    for name in flat:
+        if name not in known:
+            raise UserError(source, f"unknown key {name}", nearest(name, known) or "known are " + ", ".join(known))
+    data, notes = {}, []
+    for name, dotted in FLAT_KEYS.items():
+        value = flat.get(name, "")
+        if value not in ("", None):
+            numeric = name in ("nodes", "port_rpc", "port_server") and str(value).isdigit()
+            apply_override(data, f"{dotted}={json.dumps(int(value) if numeric else value)}")
+    nodes, tasks = str(flat.get("nodes", 1)), str(flat.get("ntasks", flat.get("nodes", 1)))
+    if nodes != tasks:
+        raise UserError(source, f"ntasks = {tasks} but nodes = {nodes}",
+                        "one task runs on each node: make the two equal, or leave ntasks out")
+    data.setdefault("engine", {})["context"] = FLAT_CONTEXT
+    if flat.get("result_dir"):
+        stamp = time.strftime("result_%d-%m-%Y_%H-%M-%S")
+        data["results"] = {"folder": os.path.join(flat["result_dir"], stamp), "file_name": "result_{name}.txt"}
+    if flat.get("sbatch_script"):
+        script = os.path.join(os.path.dirname(source), os.path.expanduser(os.path.expandvars(flat["sbatch_script"])))
+        data.setdefault("slurm", {})["directives"] = sbatch_options(read_user_file(script, "sbatch script"))
+        notes.append(f"{flat['sbatch_script']}: its #SBATCH lines are kept; its commands are not run, "
+                     "since llmrun starts the servers itself")
+    return data, notes
+
+
+def sbatch_options(script):
+    """The options of a script's #SBATCH lines, by Slurm's own rule: they end at the first command."""
+    options = []
+    for line in script.splitlines():
+        if line.startswith("#SBATCH"):
+            options.append(line[len("#SBATCH"):].strip())
+        elif line.strip() and not line.startswith("#"):
+            break
+    return [option for option in options if option]
+
+
+def toml_value(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, float) and value == int(value):
+        return f'"{show_duration(value)}"' if value < 60 else f'"{int(value) // 60}min"'
+    return json.dumps(value)
+
+
+def example_toml(everything=True):
+    """config.example.toml, or (not everything) the short config that `init` writes."""
+    lines = ["# A run of llmrun. `python llmrun.py submit THIS-FILE` starts it.",
+             "# Paths are relative to this file; ~ and $VARIABLES may be used.", ""]
+    if everything:
+        lines[2:] = ["# Keys that stand behind a # show their default.", ""]
+
+    def add_table(schema, table):
+        keys = [field for field in dataclasses.fields(schema) if field.metadata.get("doc")]
+        shown = [field for field in keys if everything or field.metadata["example"] is not None]
+        if table and shown:
+            lines.extend([f"# {schema.__doc__.strip()}"] * everything + [f"[{table}]"])
+        for field in shown:
+            example = field.metadata["example"]
+            lines.extend(textwrap.wrap(field.metadata["doc"], 98, initial_indent="# ", subsequent_indent="# "))
+            value = toml_value(default_of(field) if example is None else example)
+            lines.append(f"{'# ' if example is None else ''}{field.name} = {value}")
+        lines.extend([""] if shown else [])
+        for field in dataclasses.fields(schema):
+            if dataclasses.is_dataclass(field.type):
+                add_table(field.type, f"{table}.{field.name}" if table else field.name)
+
+    add_table(Config, "")
+    return "\n".join(lines)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 3 · Models
+#
+# Owns what a model file tells before it is loaded: a GGUF header becomes layers, heads and bytes,
+# and those become memory and a number of nodes. Never reads the weights themselves.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class Model(NamedTuple):
+    """What a GGUF file says of itself."""
+
+    name: str
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: Tuple[int, ...]  # of each layer
+    key_length: int
+    value_length: int
+    context: int
+    size_bytes: int
+    files: Tuple[str, ...]
+
+
+GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+GGUF_STRING, GGUF_ARRAY = 8, 9
+GGUF_BLOCKS = {  # tensor type: elements in a block, bytes of a block
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
+    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66),
+    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
+    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54),
+    35: (256, 66), 39: (32, 17)}
+SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+class GgufHeader:
+    """Reads a GGUF header off a memory map, front to back; a map costs only the pages it touches."""
+
+    def __init__(self, data):
+        self.data, self.at, self.keys = data, 0, {}
+        magic, self.version, self.tensors, key_count = self.take("4sIQQ")
+        if magic != b"GGUF":
+            raise ValueError
+        for _ in range(key_count):
+            name = self.string().decode("utf-8", "replace")
+            self.keys[name] = self.value(*self.take("I"))
+
+    def take(self, form):
+        values = struct.unpack_from("<" + form, self.data, self.at)
+        self.at += struct.calcsize("<" + form)
+        return values
+
+    def string(self):
+        length, = self.take("Q")
+        start, self.at = self.at, self.at + length
+        return self.data[start:self.at]
+
+    def value(self, kind):
+        if kind == GGUF_STRING:
+            return self.string().decode("utf-8", "replace")
+        if kind != GGUF_ARRAY:
+            return self.take(GGUF_NUMBERS[kind])[0]
+        item_kind, count = self.take("IQ")
+        if item_kind in GGUF_NUMBERS:
+            form = f"{count}{GGUF_NUMBERS[item_kind]}"
+            if count <= 4096:
+                return self.take(form)
+            self.at += struct.calcsize("<" + form)
+            return None
+        for _ in range(count):  # a tokenizer's words: passed over, not kept
+            self.value(item_kind)
+        return None
+
+    def end_of_weights(self):
+        """Where the last tensor ends: a file that is shorter was cut."""
+        end = 0
+        for _ in range(self.tensors):
+            self.string()
+            dimensions, = self.take("I")
+            elements = math.prod(self.take(f"{dimensions}Q"))
+            kind, offset = self.take("IQ")
+            block, size = GGUF_BLOCKS.get(kind, (1, 0))
+            end = max(end, offset + elements // block * size)
+        alignment = self.keys.get("general.alignment", 32)
+        return -(-self.at // alignment) * alignment + end
+
+
+def read_gguf(path):
+    """The keys of a GGUF file that is all there; ValueError says what is wrong with it."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(4) != b"GGUF":
+            raise ValueError("not a GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                header = GgufHeader(data)
+                end = header.end_of_weights()
+            except (struct.error, IndexError, KeyError, OverflowError, MemoryError):
+                raise ValueError("its header is cut short or damaged")
+    if size < end:
+        raise ValueError(f"cut short: {show_size(size)} of {show_size(end)} are there")
+    return header.keys, size
+
+
+def read_model(config):
+    """The model a config names, or the error for its user."""
+    def wrong(what, mend):
+        return config.error("model.path", what, mend)
+
+    path = config.model.path
+    if not path:
+        raise wrong("no model", "name a GGUF file")
+    if os.path.isdir(path):
+        raise wrong("a folder", "name the .gguf file in it; of a split model the first part")
+    paths, split = [path], SPLIT_NAME.fullmatch(os.path.basename(path))
+    if split:
+        stem, number, count = os.path.join(os.path.dirname(path), split.group(1)), int(split.group(2)), split.group(3)
+        paths = [f"{stem}-{part:05d}-of-{count}.gguf" for part in range(1, int(count) + 1)]
+        if number != 1:
+            raise wrong(f"part {number} of a split model", f"name the first part, {os.path.basename(paths[0])}")
+    size_bytes, keys = 0, {}
+    for part in paths:
+        name = os.path.basename(part)
+        try:
+            part_keys, part_size = read_gguf(part)
+        except OSError as error:
+            missing = f"its part {name} is missing" if split and error.errno == errno.ENOENT else os_reason(error)
+            raise wrong(missing, "check the path" if not split else "all parts must lie in one folder")
+        except ValueError as error:
+            raise wrong(f"{name}: {error}", "copy or download it again"
+                        if str(error) != "not a GGUF file" else "llama.cpp loads .gguf files only")
+        keys, size_bytes = keys or part_keys, size_bytes + part_size
+    try:
+        return model_from_keys(keys, size_bytes, tuple(paths))
+    except (KeyError, TypeError, ZeroDivisionError):
+        raise wrong("its header does not describe a language model", "name the model itself, not an adapter or projector")
+
+
+def model_from_keys(keys, size_bytes, files):
+    architecture = keys["general.architecture"]
+
+    def of(name, default=None):
+        value = keys.get(f"{architecture}.{name}", default)
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    layers, heads = of("block_count"), of("attention.head_count")
+    head_count = max(heads) if isinstance(heads, tuple) else heads
+    kv_heads = of("attention.head_count_kv", heads)
+    return Model(
+        name=keys.get("general.name") or Path(files[0]).stem, architecture=architecture, layers=layers,
+        heads=head_count, kv_heads=kv_heads if isinstance(kv_heads, tuple) else (kv_heads,) * layers,
+        key_length=of("attention.key_length", of("embedding_length") // head_count),
+        value_length=of("attention.value_length", of("embedding_length") // head_count),
+        context=of("context_length"), size_bytes=size_bytes, files=files)
+
+
+KV_BYTES = 2  # f16, llama.cpp's default for both halves of the cache
+NODE_OVERHEAD_BYTES = 2**30  # what llama.cpp itself keeps free of each device (its fit margin)
+
+
+def kv_cache_bytes(model, context, slots):
+    """Bytes of the KV cache: every slot has its own cells, in steps of 256."""
+    cells = -(-min(context, model.context) // 256) * 256 * slots
+    return sum(model.kv_heads) * (model.key_length + model.value_length) * KV_BYTES * cells
+
+
+class Plan(NamedTuple):
+    """How a run is laid out, and the figures that led to it."""
+
+    nodes: int
+    model: Optional[Model]
+    kv_bytes: int
+
+
+def plan_nodes(config):
+    """Read the model and find how many nodes it takes."""
+    if config.engine.name != "llama.cpp":
+        if config.slurm.nodes == "auto":
+            raise config.error("slurm.nodes", "this engine has no model to size", "write a number")
+        return Plan(config.slurm.nodes, None, 0)
+    model = read_model(config)
+    kv_bytes = kv_cache_bytes(model, config.engine.context, config.engine.slots)
+    if config.slurm.nodes != "auto":
+        return Plan(config.slurm.nodes, model, kv_bytes)
+    room = config.model.vram_per_node - NODE_OVERHEAD_BYTES
+    if not config.model.vram_per_node:
+        raise config.error("slurm.nodes", "the GPU memory of a node is not known",
+                           'write [model] vram_per_node = "24GB", or a number of nodes')
+    if room <= 0:
+        raise config.error("model.vram_per_node", "less than the engine itself needs", "write the memory of a whole node")
+    return Plan(-(-(model.size_bytes + kv_bytes) // room), model, kv_bytes)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 4 · Slurm
+#
+# Owns everything that is Slurm's own: host lists, times, which role this process has, and
+# sbatch, squeue, scontrol and scancel behind one small class. Never parses JSON or fixed widths:
+# both change between versions. Leaves to others what runs inside a job.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+def expand_hostlist(text):
+    """The nodes of "a[1-3,7],b01" in Slurm's own order; ValueError where Slurm sees none."""
+    hosts = []
+    for item in re.findall(r"(?:[^\[\],\s]|\[[^\]]*\])+|[\[\]]", text or ""):
+        parts = re.split(r"\[([^\]]*)\]", item)
+        if "[" in parts[0] or "]" in "".join(parts[::2]):
+            raise ValueError(f"not a host list: {text}")
+        numbers = [expand_numbers(inside) for inside in parts[1::2]]
+        if not numbers:
+            hosts.append(item)
+            continue
+        # Slurm runs through the last bracket first, then the first, the second and so on (seen on 22.05).
+        for outer in itertools.product(*reversed(numbers[:-1])):
+            for last in numbers[-1]:
+                inner = list(reversed(outer)) + [last]
+                hosts.append("".join(itertools.chain(*zip(parts[::2], inner))) + parts[-1])
+    return hosts
+
+
+def expand_numbers(text):
+    """["08", "09", "12"] of "08-09,12"; the first number's width is everyone's."""
+    numbers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(f"not a range: {text}")
+        first, last = match.group(1), match.group(2) or match.group(1)
+        if not 0 <= int(last) - int(first) < 65536:
+            raise ValueError(f"not a range: {text}")
+        numbers.extend(str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    return numbers
+
+
+UNLIMITED = math.inf
+
+
+def slurm_minutes(text):
+    """Minutes of a Slurm time (any of its forms, rounded up as it does); 0 and UNLIMITED are endless."""
+    text = str(text)
+    if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
+        return UNLIMITED
+    match = re.fullmatch(r"(\d+)-(\d*)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise ValueError("not a time Slurm takes")
+    days, hours, minutes, seconds, one, two, three = (int(part or 0) for part in match.groups())
+    if match.group(5) is not None:
+        has_hours = match.group(7) is not None
+        hours, minutes, seconds = (one, two, three) if has_hours else (0, one, two)
+    return math.ceil((days * 86400 + hours * 3600 + minutes * 60 + seconds) / 60) or UNLIMITED
+
+
+def time_limit_minutes(config):
+    """The job's time limit, or the error that shows how it is written."""
+    try:
+        return slurm_minutes(config.slurm.time)
+    except ValueError as error:
+        guess = re.match(r"\s*(\d+)\s*([dhm])", config.slurm.time.lower())
+        number = int(guess.group(1)) if guess else 1
+        minutes = number * {"d": 1440, "h": 60, "m": 1}[guess.group(2)] if guess else 60
+        raise config.error("slurm.time", error, f'write "{minutes // 60:02d}:{minutes % 60:02d}:00"')
+
+
+def show_slurm_time(minutes):
+    return "no limit" if minutes == UNLIMITED else f"{minutes // 60:02d}:{minutes % 60:02d}:00"
+
+
+def role_of(environ, pid):
+    """Where this process stands: "login", "allocation" (salloc), "batch", "task", "shell" or "job".
+
+    No single variable is safe: sbatch inside a job leaks its parent's. SLURM_TASK_PID is set anew at
+    each level, so it tells whether slurmstepd itself started this process; "job" is deeper inside."""
+    if "SLURM_JOB_ID" not in environ:
+        return "login"
+    if "SLURM_PTY_PORT" in environ:
+        return "shell"
+    if "SLURMD_NODENAME" not in environ:
+        return "allocation"
+    if environ.get("SLURM_TASK_PID") != str(pid):
+        return "job"
+    return "task" if "SLURM_STEP_ID" in environ else "batch"
+
+
+SLURM_VARIABLES = ("SLURM_", "SRUN_", "SBATCH_", "PMI")
+
+
+def without_slurm(environ, keep=("SLURM_CONF",)):
+    """An environment without what Slurm put there for the process that runs now."""
+    return {name: value for name, value in environ.items()
+            if name in keep or not name.startswith(SLURM_VARIABLES)}
+
+
+def submit_environment(environ):
+    """What sbatch may see: inside a job nothing of that job leaks; on a login node SBATCH_* is the user's wish."""
+    return without_slurm(environ) if "SLURM_JOB_ID" in environ else dict(environ)
+
+
+class Job(NamedTuple):
+    """What squeue says of a job."""
+
+    job: str
+    state: str
+    reason: str
+    start: str
+    end: str
+    left: str
+    nodes: str
+
+
+class Partition(NamedTuple):
+    name: str
+    is_default: bool
+    state: str
+    max_minutes: float
+    max_nodes: float
+    nodes: int
+
+
+PENDING_WORDS = {
+    "None": "just submitted", "Priority": "waiting its turn", "Resources": "waiting for free nodes",
+    "BeginTime": "waiting for its start time (after a requeue Slurm waits about two minutes)",
+    "Dependency": "waiting for another job", "DependencyNeverSatisfied": "waits for a job that failed: it can never start",
+    "JobHeldUser": "held: `scontrol release` lets it go", "JobHeldAdmin": "held by an administrator",
+    "PartitionTimeLimit": "asks for more time than its partition allows: it can never start",
+    "PartitionNodeLimit": "asks for more nodes than its partition has: it can never start",
+    "PartitionConfig": "asks for what its partition does not allow: it can never start",
+    "BadConstraints": "asks for what no node has: it can never start",
+    "ReqNodeNotAvail": "waiting for nodes that are down or reserved", "PartitionDown": "its partition is closed for now",
+    "QOSMaxJobsPerUserLimit": "waiting until fewer of your jobs run", "AssocGrpGRES": "the account's GPUs are all in use",
+    "QOSMaxGRESPerUser": "waiting until your jobs use fewer GPUs", "Reservation": "waiting for its reservation"}
+NEVER_STARTS = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints", "DependencyNeverSatisfied")
+ENDED_STATES = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
+                "OUT_OF_MEMORY", "GONE")
+
+REFUSALS = (  # what sbatch prints, the key it is about, what to do
+    (r"invalid partition|Invalid partition", "slurm.partition", "`sinfo -s` lists the partitions"),
+    (r"[Ii]nvalid account", "slurm.account", "`sacctmgr show assoc user=$USER format=account,partition` lists yours"),
+    (r"Invalid qos", "slurm.qos", "`sacctmgr show assoc user=$USER format=qos` lists yours"),
+    (r"generic resource|gres", "slurm.gpus_per_node", "`sinfo -o '%P %G'` lists the GPUs of each partition"),
+    (r"Memory specification", "slurm.mem", "`sinfo -o '%P %m'` lists the memory of each partition's nodes, in MB"),
+    (r"--mem spec", "slurm.mem", 'write it as in "64G"'),
+    (r"[Ii]nvalid feature", "slurm.constraint", "`sinfo -o '%P %f'` lists the features"),
+    (r"[Ii]nvalid node name", "slurm.nodelist", "`sinfo -N` lists the nodes"),
+    (r"[Rr]eservation", "slurm.reservation", "`scontrol show reservation` lists them"),
+    (r"[Tt]ime limit", "slurm.time", "ask for less time"),
+    (r"[Nn]ode count", "slurm.nodes", "ask for fewer nodes"),
+    (r"More processors", "slurm.cpus_per_node", "`sinfo -o '%P %c'` lists the cores of each partition's nodes"),
+    (r"node configuration is not available", "slurm.gpus_per_node",
+     "no node has all that is asked for: `sinfo -o '%P %c %m %G'` lists cores, memory and GPUs"))
+
+
+class Slurm:
+    """Slurm's commands. Answers are plain data, refusals are errors that name the key to change."""
+
+    def __init__(self, environ):
+        self.environ = dict(environ, LC_ALL="C", SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
+
+    def call(self, *argv, environ=None):
+        try:
+            return subprocess.run(argv, env=environ or self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, universal_newlines=True, errors="replace", timeout=90)
+        except FileNotFoundError:
+            raise ClusterError(argv[0], "not found on this machine's PATH",
+                               "go to a login node of the cluster, or use `run`, which needs no Slurm")
+        except subprocess.TimeoutExpired:
+            raise ClusterError(argv[0], "Slurm did not answer within 90 s", "try again when the cluster answers `sinfo`")
+
+    def submit(self, config, script, *options):
+        """Hand a script to sbatch; its id, or what sbatch says to --test-only."""
+        answer = self.call("sbatch", *options, str(script), environ=submit_environment(os.environ))
+        if answer.returncode:
+            raise refusal(config, answer.stderr)
+        return answer.stdout.strip().split(";")[0] or answer.stderr.strip()
+
+    def jobs(self, ids):
+        """What Slurm still knows of these jobs, by id; it forgets a job minutes after its end."""
+        if not ids:
+            return {}
+        answer = self.call("squeue", "-h", "-t", "all", "-j", ",".join(map(str, ids)), "-o", "%A|%T|%r|%S|%e|%L|%N")
+        if answer.returncode and "Invalid job id" not in answer.stderr:
+            raise ClusterError("squeue", answer.stderr or f"exit code {answer.returncode}", "is Slurm up? try `sinfo`")
+        rows = [Job(*line.split("|")) for line in answer.stdout.splitlines() if line.count("|") == 6]
+        return {int(row.job): row for row in rows}
+
+    def detail(self, job):
+        """`scontrol show job` as one line, or nothing where Slurm has forgotten the job."""
+        answer = self.call("scontrol", "show", "job", "-d", "-o", str(job))
+        return re.sub(r"JobName=.*? UserId=", "UserId=", answer.stdout, 1)
+
+    def partitions(self):
+        answer = self.call("scontrol", "show", "partition", "-o")
+        return [parse_partition(line) for line in answer.stdout.splitlines() if line.startswith("PartitionName=")]
+
+    def cancel(self, job):
+        answer = self.call("scancel", str(job))
+        if answer.returncode:
+            raise ClusterError("scancel", answer.stderr or "refused", f"is job {job} yours?")
+
+
+def refusal(config, message):
+    """The error for what sbatch would not take, at the key that it is about."""
+    reasons = [re.sub(r"^(sbatch|srun|salloc): (error: |fatal: )?", "", line) for line in message.splitlines()]
+    reason = "; ".join(dict.fromkeys(line.replace("Batch job submission failed: ", "") for line in reasons if line
+                                     and not line.startswith("Try ")))
+    for pattern, dotted, mend in REFUSALS:
+        if re.search(pattern, reason):
+            return config.error(dotted, f"Slurm refuses: {reason}", mend)
+    return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
+                     "see [slurm] and [slurm.extra] in the config")
+
+
+def parse_partition(line):
+    value = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+
+    def limit(name, parse):
+        text = value.get(name, "UNLIMITED")
+        return UNLIMITED if text in ("UNLIMITED", "NONE", "N/A") else parse(text)
+    return Partition(value["PartitionName"], value.get("Default") == "YES", value.get("State", "UP"),
+                     limit("MaxTime", slurm_minutes), limit("MaxNodes", int), int(value.get("TotalNodes", 0) or 0))
+
+
+def check_partition(config, partitions, nodes):
+    """Refuse what the partition can never start: many sites let Slurm accept it and wait for ever."""
+    minutes = time_limit_minutes(config)
+    wanted = config.slurm.partition
+    chosen = [p for p in partitions if (p.name in wanted.split(",") if wanted else p.is_default)]
+    if wanted and partitions and not chosen:
+        known = [p.name for p in partitions]
+        raise config.error("slurm.partition", "no such partition",
+                           nearest(wanted, known) or "this cluster has " + ", ".join(known))
+    if not chosen or any(re.match(r"(-p|--partition)", option) for option in config.slurm.directives):
+        return
+    if all(p.state != "UP" for p in chosen):
+        raise config.error("slurm.partition", f"partition {chosen[0].name} is {chosen[0].state.lower()}",
+                           "choose another: " + ", ".join(p.name for p in partitions if p.state == "UP"))
+    longest, most = max(p.max_minutes for p in chosen), max(min(p.max_nodes, p.nodes) for p in chosen)
+    if minutes > longest:
+        raise config.error("slurm.time", f"more than partition {chosen[0].name} allows",
+                           f'write at most "{show_slurm_time(longest)}"')
+    if nodes > most:
+        raise config.error("slurm.nodes", f"{nodes} nodes are more than partition {chosen[0].name} gives a job",
+                           f"at most {most}; see `sinfo -s` for other partitions")
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 5 · Run
+#
+# Owns the run directory: all state of a run is files in it, and this is the only place that knows
+# their paths. A start of a driver is a life; each life writes its own events, logs and journal, so
+# no file ever has two writers. Leaves to others what the files say.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class Life(NamedTuple):
+    """One start of a driver: the raw job id (0 outside Slurm), Slurm's restart count, and a number."""
+
+    job: int
+    restart: int
+    number: int
+
+    def __str__(self):
+        return f"{self.job}.{self.restart}.{self.number}"
+
+    @classmethod
+    def of_file(cls, path):
+        """The life that wrote a file, or None for a file of another kind."""
+        parts = path.name.split(".")[:3]
+        return cls(*map(int, parts)) if len(parts) == 3 and all(part.isdigit() for part in parts) else None
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.script = self.folder / "llmrun.py"
+        self.key_file = self.folder / "key"
+        self.endpoint = self.folder / "endpoint.json"
+        self.prompts_file = self.folder / "prompts.json"
+        self.results = self.folder / "results"
+        self.summary = self.folder / "summary.json"
+        self.logs = self.folder / "logs"
+        self.journal = self.folder / "journal"
+
+    @property
+    def name(self):
+        return self.folder.name
+
+    def config_file(self, shape=0):
+        return self.folder / "shapes" / str(shape) / "config.json"
+
+    def job_script(self, shape=0):
+        return self.folder / "shapes" / str(shape) / "job.sh"
+
+    def config(self, shape=0):
+        """The frozen config; its paths are absolute and nothing is expanded again."""
+        data = json.loads(read_user_file(self.config_file(shape), "frozen config"))
+        return build_config(Config, data, data["source"], None)
+
+    def logs_of(self, life):
+        return self.logs / str(life)
+
+    def job_output(self, job):
+        """The job's own output, where the config did not choose another place."""
+        return self.config().slurm.output.replace("%j", str(job)) or str(self.logs / f"slurm-{job}.out")
+
+    def record_submit(self, job):
+        write_file(self.folder / "events" / f"{job}.submit.json", json.dumps({"job": job, "time": time.time()}))
+
+    def submitted(self):
+        """The jobs that sbatch was given, oldest first."""
+        records = [json.loads(path.read_text()) for path in (self.folder / "events").glob("*.submit.json")]
+        return [record["job"] for record in sorted(records, key=lambda record: record["time"])]
+
+    def lives(self):
+        """All lives so far, in the order in which they began to write."""
+        found = [(Life.of_file(path), path) for path in (self.folder / "events").glob("*.jsonl")]
+        starts = [(next(read_json_lines(path), {}).get("time", math.inf), life) for life, path in found if life]
+        return [life for _, life in sorted(starts)]
+
+    def events(self, life):
+        """The first event of a life and its latest; a long life has more between them than anyone asks for."""
+        lines = read_lines(self.events_file(life))
+        return [json.loads(line) for line in lines[:1] + lines[1:][-400:]]
+
+    def events_file(self, life):
+        return self.folder / "events" / f"{life}.jsonl"
+
+    def segments(self):
+        """The journals of all lives, in the order that decides between two results for one prompt."""
+        found = [(Life.of_file(path), int(path.name.split(".")[3]), path) for path in self.journal.glob("*.*.*.*.jsonl")]
+        return [path for _, _, path in sorted(found)]
+
+    def new_life(self, job, restart):
+        """The next life of this job: the first number that nobody else was given."""
+        for number in itertools.count():
+            life = Life(job, restart, number)
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.events_file(life), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                self.logs_of(life).mkdir()
+                return life
+        return None
+
+
+def create_run(config, prompts, make_script):
+    """A run's folder with everything frozen in it, or nothing at all.
+
+    `make_script(run)` gives the text of its job.sh."""
+    folder = None
+    try:
+        parent = Path(config.run_dir)
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = new_folder(parent, f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run = Run(folder)
+        for sub in ("shapes/0", "events", "logs", "journal"):
+            (folder / sub).mkdir(parents=True)
+        write_file(run.script, Path(__file__).read_bytes())
+        write_file(run.key_file, secrets.token_urlsafe(32) + "\n", 0o600)
+        write_file(run.config_file(), json.dumps(dataclasses.asdict(config), indent=1))
+        write_file(run.prompts_file, json.dumps(prompts))
+        write_file(run.job_script(), make_script(run), 0o755)
+    except OSError as error:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        mend = {errno.ENOSPC: "free some space", errno.EDQUOT: "your quota is full: free some space"}
+        raise config.error("run_dir", f"cannot make the run's folder: {os_reason(error)}",
+                           mend.get(error.errno, "name a folder that you may write to and the nodes can see"))
+    return run
+
+
+def new_folder(parent, name):
+    """A new folder of that name; a second one in the same second gets a number."""
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            return folder
+    return None
+
+
+def all_runs(folder):
+    """The runs below a folder, oldest first."""
+    folders = [path for path in Path(folder).glob("*") if (path / "shapes" / "0" / "config.json").exists()]
+    return [Run(path) for path in sorted(folders, key=lambda path: (path / "key").stat().st_mtime_ns)]
+
+
+class Events:
+    """Writes what happened in one life, one line a change."""
+
+    def __init__(self, run, life):
+        self.file = os.open(run.events_file(life), os.O_WRONLY | os.O_APPEND)
+
+    def write(self, event, **facts):
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, ensure_ascii=False)
+        with contextlib.suppress(OSError):  # a full disk must not end a run that still has results to save
+            os.write(self.file, line.encode() + b"\n")
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 6 · Environment
+#
+# Owns what a process is, as data, and the one shell script there is: a config becomes the
+# four-section job.sh, a pure function of it. Every value in it is quoted by `quote`.
+# Leaves starting processes to Nodes, submitting the script to Slurm.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+quote = shlex.quote
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A program to run on a node."""
+
+    name: str
+    argv: List[str]
+    log: str
+    env: Dict[str, str] = dataclasses.field(default_factory=dict)
+    node_env: Dict[str, str] = dataclasses.field(default_factory=dict)  # $VARS in it mean the node's
+    without: Tuple[str, ...] = ()  # prefixes of variables it must not see
+    grace_s: float = 2.0  # between the first TERM and KILL
+    progress: str = ""  # a pattern: log lines worth telling while it starts
+
+
+JOB_SCRIPT = """\
+#!/bin/bash
+# The batch script of the llmrun job {name}, in four sections.
+# ── 1 · resources ──────────────────────────────────────────────────────────────
+{resources}
+# ── 2 · environment and modules ────────────────────────────────────────────────
+trap '' USR1  # Slurm's early warning stays ignored, through exec, until the driver listens for it
+ulimit -n "$(ulimit -Hn)" 2>/dev/null
+fail() {{ echo "llmrun: $1" >&2; exit 3; }}
+# Python is found before any module can put another one, or its settings, in the way.
+for candidate in {pythons}; do
+    python=$(command -v "$candidate") &&
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 9))' 2>/dev/null && break
+    python=
+done
+[ -n "$python" ] || fail {no_python}
+{environment}
+# ── 3 · container ──────────────────────────────────────────────────────────────
+# none: the engine runs as it is installed on the nodes
+# ── 4 · run ────────────────────────────────────────────────────────────────────
+exec "$python" -E {command}
+"""
+
+
+def job_script(config, nodes, output, command, python=""):
+    """The text of job.sh. `command` is what Python runs, `python` the one that submits."""
+    only = config.environment.python or (os.path.join(config.environment.venv, "bin", "python")
+                                         if config.environment.venv else "")
+    newest = [f"python3.{minor}" for minor in range(14, 8, -1)] + ["python3"]
+    candidates = [quote(only)] if only else [quote(python)] * bool(python) + ['"$LLMRUN_PYTHON"'] + newest
+    what = f"{only} does not run as Python 3.9 or newer on" if only else "no Python 3.9 or newer found on"
+    return JOB_SCRIPT.format(
+        name=config.name, resources="\n".join(sbatch_lines(config, nodes, output)), pythons=" ".join(candidates),
+        no_python=quote(what) + '" $(hostname); set [environment] python in the config"',
+        environment="\n".join(environment_lines(config.environment)) or "# nothing more to load",
+        command=" ".join(quote(str(word)) for word in command))
+
+
+def sbatch_lines(config, nodes, output):
+    """#SBATCH lines: the user's own first, since of two equal options Slurm takes the last."""
+    slurm = config.slurm
+    warn_s = int(max(1, min(slurm.grace, time_limit_minutes(config) * 30)))  # at most half of the job's time
+    options = [
+        ("job-name", config.name), ("nodes", nodes), ("ntasks-per-node", 1), ("time", slurm.time),
+        ("partition", slurm.partition), ("account", slurm.account), ("qos", slurm.qos),
+        ("gpus-per-node", slurm.gpus_per_node), ("cpus-per-task", slurm.cpus_per_node or ""), ("mem", slurm.mem),
+        ("constraint", slurm.constraint), ("nodelist", slurm.nodelist), ("exclude", slurm.exclude),
+        ("reservation", slurm.reservation), ("array", f"0-{slurm.jobs - 1}" if slurm.jobs > 1 else ""),
+        ("output", output), ("open-mode", "append"), ("signal", f"B:USR1@{warn_s}"), ("propagate", "NONE")]
+    given = [f"#SBATCH {line}" for line in slurm.directives]
+    given += [f"#SBATCH --{name}={quote(str(value))}" for name, value in slurm.extra.items()]
+    return given + [f"#SBATCH --{name}={quote(str(value))}" for name, value in options if value != ""] + [
+        "#SBATCH --no-kill"]
+
+
+def environment_lines(environment):
+    """Shell lines that load what the user named; each that fails says so and ends the job."""
+    lines = []
+    if environment.modules:
+        lines.append("type module >/dev/null 2>&1 || . /etc/profile")
+    for module in environment.modules:
+        lines.append(f"module load {quote(module)} || fail {quote(f'module load {module} failed; see `module avail`')}")
+    if environment.conda:
+        lines.append('eval "$(conda shell.bash hook)" || fail "conda is not on the PATH of the node"')
+        lines.append(f"conda activate {quote(environment.conda)} || "
+                     f"fail {quote(f'conda activate {environment.conda} failed; see `conda env list`')}")
+    if environment.venv:
+        activate = os.path.join(environment.venv, "bin", "activate")
+        lines.append(f". {quote(activate)} || fail {quote(f'{environment.venv} is no virtual environment')}")
+    lines.extend(environment.setup)
+    for name, value in environment.vars.items():
+        lines.append(f"export {name}={quote_with_variables(str(value))}")
+    return lines
+
+
+def quote_with_variables(text):
+    """Quoted for the shell, but with its $VARIABLES live: they mean the node's."""
+    return '"' + re.sub(r'(["\\`]|\$(?![A-Za-z_{]))', r"\\\1", text) + '"' if "$" in text else quote(text)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 7 · Wire
+#
+# Owns HTTP/1.1 over plain TCP: the one reader of messages, a client that keeps connections alive,
+# and a small server. Malformed or silent peers become a WireError, never a hang or an endless buffer.
+# Knows nothing of prompts, engines or retries; TLS belongs to the openai package.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class WireError(Exception):
+    """The peer cannot be reached, fell silent, broke off, or does not speak HTTP."""
+
+
+class Message(NamedTuple):
+    """A whole HTTP request or response."""
+
+    start: str
+    headers: Dict[str, str]
+    body: bytes
+
+    @property
+    def status(self):
+        return int(self.start.split(" ", 2)[1])
+
+    def json(self):
+        return json.loads(self.body)
+
+
+MAX_HEAD_BYTES = 2**16
+MAX_BODY_BYTES = 2**28
+
+
+class MessageReader:
+    """Takes bytes as they come; gives the message when it is whole.
+
+    What comes after a whole message stays in `rest`."""
+
+    def __init__(self, response):
+        self.response = response
+        self.reset(b"")
+
+    def reset(self, rest):
+        self.rest, self.start, self.headers, self.body = bytearray(rest), None, {}, bytearray()
+        self.length = None  # of the body still to come; None until known or up to the end of the connection
+        self.chunked = False
+
+    def feed(self, data):
+        self.rest += data
+        while self.start is None:
+            end = self.rest.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or end < 0 and len(self.rest) > MAX_HEAD_BYTES:
+                raise WireError("the head of the message has no end")
+            if end < 0:
+                return None
+            self.take_head(bytes(self.rest[:end]))
+            del self.rest[:end + 4]
+        if self.chunked:
+            return self.feed_chunks()
+        if self.length is None:
+            self.body, self.rest = self.body + self.rest, bytearray()
+            if len(self.body) > MAX_BODY_BYTES:
+                raise WireError("the body is endless")
+            return None
+        if len(self.rest) < self.length:
+            return None
+        return self.whole(bytes(self.rest[:self.length]), self.rest[self.length:])
+
+    def take_head(self, head):
+        start, *lines = head.decode("latin-1").split("\r\n")
+        headers = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            if not colon or not name or name != name.strip():
+                raise WireError(f"not a header: {line[:80]!r}")
+            headers[name.lower()] = value.strip()
+        if self.response:
+            status = start[9:12]
+            if not start.startswith("HTTP/1.") or not status.isdigit():
+                raise WireError(f"not HTTP: {start[:80]!r}")
+            if status[0] == "1":  # 100 Continue and its like stand before the real answer
+                return
+        self.start, self.headers = start, headers
+        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+        length = headers.get("content-length")
+        if length is not None:
+            if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
+                raise WireError(f"content-length {length[:20]!r}")
+            self.length = int(length)
+        elif not self.response or start[9:12] in ("204", "304"):
+            self.length = 0
+
+    def feed_chunks(self):
+        while True:
+            end = self.rest.find(b"\r\n")
+            if end < 0:
+                if len(self.rest) > 1024:
+                    raise WireError("a chunk's size has no end")
+                return None
+            size_text = bytes(self.rest[:end]).split(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size_text):
+                raise WireError(f"not a chunk's size: {size_text[:20]!r}")
+            size = int(size_text, 16)
+            if len(self.body) + size > MAX_BODY_BYTES:
+                raise WireError("the body is endless")
+            if size == 0:
+                trailer = self.rest.find(b"\r\n\r\n", end)
+                if trailer < 0:
+                    if len(self.rest) > MAX_HEAD_BYTES:
+                        raise WireError("the trailer has no end")
+                    return None
+                return self.whole(bytes(self.body), self.rest[trailer + 4:])
+            if len(self.rest) < end + 2 + size + 2:
+                return None
+            self.body += self.rest[end + 2:end + 2 + size]
+            if self.rest[end + 2 + size:end + 4 + size] != b"\r\n":
+                raise WireError("a chunk is longer than it says")
+            del self.rest[:end + 4 + size]
+
+    def ended(self):
+        """The message that the end of the connection makes whole, if it does."""
+        if self.start is not None and self.length is None and not self.chunked:
+            return self.whole(bytes(self.body), b"")
+        return None
+
+    def whole(self, body, rest):
+        message = Message(self.start, self.headers, body)
+        self.reset(rest)
+        return message
+
+
+class Connection(asyncio.Protocol):
+    """One connection of a client; it carries one request at a time."""
+
+    def __init__(self):
+        self.reader = MessageReader(response=True)
+        self.transport = self.answer = None
+        self.heard = False
+        self.deadline = math.inf
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def send(self, request, deadline):
+        """A future of the answer."""
+        self.answer = asyncio.get_running_loop().create_future()
+        self.heard, self.deadline = False, deadline
+        self.transport.write(request)
+        return self.answer
+
+    def data_received(self, data):
+        self.heard = True
+        if self.answer is None:  # nobody asked
+            self.transport.abort()
+            return
+        try:
+            message = self.reader.feed(data)
+        except WireError as error:
+            self.fail(error)
+            return
+        if message:
+            self.finish(message)
+
+    def finish(self, message):
+        answer, self.answer, self.deadline = self.answer, None, math.inf
+        if self.reader.rest or message.headers.get("connection", "").lower() == "close":
+            self.transport.abort()
+        if not answer.done():
+            answer.set_result(message)
+
+    def fail(self, error):
+        answer, self.answer = self.answer, None
+        self.transport.abort()
+        if answer and not answer.done():
+            answer.set_exception(error)
+
+    def eof_received(self):
+        message = self.reader.ended() if self.answer else None
+        if message:
+            self.finish(message)
+
+    def connection_lost(self, error):
+        self.fail(WireError(f"the connection broke: {error or 'closed by the server'}"))
+
+    @property
+    def usable(self):
+        return not self.transport.is_closing()
+
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+class Client:
+    """Talks to one server and keeps its connections for the next request."""
+
+    def __init__(self, host, port, key=""):
+        self.host, self.port = host, port
+        self.idle, self.all = [], set()
+        authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self.common = f" HTTP/1.1\r\nHost: {authority}\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "")
+        self.sweeping = None
+
+    async def request(self, method, path, body=b"", timeout_s=60.0):
+        """The answer to one request; WireError when there is none within the time."""
+        head = f"{method} {path}{self.common}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
+        deadline = clock() + timeout_s
+        while True:
+            connection = self.take_idle()
+            reused = connection is not None
+            connection = connection or await self.connect()
+            try:
+                message = await connection.send(request, deadline)
+            except WireError:
+                if reused and not connection.heard and clock() < deadline:
+                    continue  # a server may close a connection that rests; nothing was answered, so ask again
+                raise
+            except asyncio.CancelledError:
+                connection.transport.abort()
+                raise
+            finally:
+                if not connection.usable:
+                    self.all.discard(connection)
+            if connection.usable:
+                self.idle.append(connection)
+            return message
+
+    def take_idle(self):
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.usable:
+                return connection
+            self.all.discard(connection)
+        return None
+
+    async def connect(self):
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await asyncio.wait_for(
+                loop.create_connection(Connection, self.host, self.port), CONNECT_TIMEOUT_S)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise WireError(f"cannot connect to {self.host} port {self.port}: {error or 'no answer'}")
+        self.all.add(connection)
+        if self.sweeping is None:
+            self.sweeping = loop.call_later(1.0, self.sweep)
+        return connection
+
+    def sweep(self):
+        """One timer for all connections: a timer for each request would cost more than the request."""
+        now = clock()
+        for connection in list(self.all):
+            if connection.deadline < now:
+                connection.fail(WireError("no answer within the time allowed"))
+        self.sweeping = asyncio.get_running_loop().call_later(1.0, self.sweep) if self.all else None
+
+    def close(self):
+        """Close every connection at once; requests under way end with a WireError."""
+        for connection in self.all:
+            connection.transport.abort()
+        self.all, self.idle = set(), []
+        if self.sweeping:
+            self.sweeping.cancel()
+            self.sweeping = None
+
+
+class ServerConnection(asyncio.Protocol):
+    """One connection of a server: its requests are answered in turn."""
+
+    def __init__(self, answer):
+        self.answer, self.reader = answer, MessageReader(response=False)
+        self.requests, self.task, self.transport = collections.deque(), None, None
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        try:
+            message = self.reader.feed(data)
+            while message:
+                self.requests.append(message)
+                message = self.reader.feed(b"")
+        except WireError as error:
+            self.transport.write(http_response(400, {"error": {"message": str(error), "code": 400}}))
+            self.transport.close()
+            return
+        if self.requests and not self.task:
+            self.task = asyncio.ensure_future(self.work())
+
+    async def work(self):
+        while self.requests:
+            request = self.requests.popleft()
+            self.transport.write(await self.answer(request))
+        self.task = None
+
+    def connection_lost(self, error):
+        if self.task:
+            self.task.cancel()
+
+
+HTTP_WORDS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 503: "Service Unavailable"}
+
+
+def http_response(status, value):
+    body = json.dumps(value).encode()
+    return (f"HTTP/1.1 {status} {HTTP_WORDS.get(status, 'Status')}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n").encode() + body
+
+
+async def serve_http(host, port, answer):
+    """A server on that address; `answer(request)` is a coroutine that gives the response's bytes."""
+    return await asyncio.get_running_loop().create_server(lambda: ServerConnection(answer), host, port)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 8 · Nodes
+#
+# Owns the agent, one on every node, and the driver's view of it: starting, watching and stopping
+# processes, ports and the addresses by which nodes reach each other. They talk in JSON lines over
+# the agent's stdin and stdout, which Slurm already connects. Knows nothing of engines or prompts.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+BEAT_S = 2.0  # each side tells the other that it lives
+SILENT_NODE_S = 30.0  # one stall of a shared file system must not end a long load
+LOST_DRIVER_S = 60.0  # an agent that hears nothing so long stops everything
+TERM_WAIT_S = 3.0  # an agent told to end by Slurm waits so long for the driver's order
+LINE_LIMIT = 2**20
+TAIL_LINES = 30
+PR_SET_PDEATHSIG = 1
+SIOCGIFADDR = 0x8915
+
+
+def die_with_parent():
+    """Runs in a new process: the kernel kills it when its agent dies, whatever Slurm does."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+LIBC = ctypes.CDLL(None)
+
+
+def log_tail(path):
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
+        return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()][-TAIL_LINES:]
+    return []
+
+
+def node_addresses(interface):
+    """This host's IPv4 addresses that others may reach, the named interface's alone if one is named."""
+    request = {}
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            packed = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            request[name] = socket.inet_ntoa(packed[20:24])
+    if interface:
+        return [request[interface]] if interface in request else []
+    return [address for address in request.values() if not address.startswith("127.")]
+
+
+def machine_identity():
+    """Equal on two agents that share one network stack, as nodes simulated on one machine do."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+    return socket.gethostname()
+
+
+def free_port(ports, tried=()):
+    """A listening socket on a port of the range "20000-20100", or on any free one."""
+    first, _, last = ports.partition("-")
+    wanted = range(int(first), int(last or first) + 1) if ports else [0]
+    for port in wanted:
+        if port not in tried:
+            with contextlib.suppress(OSError):
+                return listen_on(port)
+    raise OSError(errno.EADDRINUSE, f"no free port in {ports}" if len(wanted) > 1 else f"port {ports} is in use")
+
+
+def listen_on(port):
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("", port))
+        listener.listen(16)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def first_reachable(addresses, port, nonce, timeout_s):
+    """The first of these addresses behind which the nonce's owner answers, or "" when none does."""
+    async def attempt(number, address):
+        await asyncio.sleep(number * 0.05)  # an earlier address is the better one: it gets a head start
+        reader, writer = await asyncio.open_connection(address, port)
+        try:
+            if await reader.readexactly(len(nonce)) != nonce.encode():
+                raise OSError("somebody else answers there")
+            return address
+        finally:
+            writer.close()
+
+    attempts = [asyncio.ensure_future(attempt(*item)) for item in enumerate(addresses)]
+    try:
+        for done in asyncio.as_completed(attempts, timeout=timeout_s):
+            with contextlib.suppress(OSError, EOFError, asyncio.TimeoutError):
+                return await done
+        return ""
+    finally:
+        for attempt_task in attempts:
+            attempt_task.cancel()
+        await asyncio.gather(*attempts, return_exceptions=True)
+
+
+class Agent:
+    """One node's end: does what the driver says, and leaves nothing running behind it."""
+
+    def __init__(self, name):
+        self.name = name
+        self.processes = {}  # name → the Popen and the Process
+        self.exits = {}  # pid → a future of its return code
+        self.probes = {}  # nonce → a listening server
+        self.last_heard = clock()
+        self.ending = asyncio.get_running_loop().create_future()
+        self.term_end = None
+
+    async def serve(self):
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGCHLD, self.reap)
+        loop.add_signal_handler(signal.SIGTERM, self.on_term)
+        for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(ignored, signal.SIG_IGN)
+        lines = asyncio.StreamReader(limit=LINE_LIMIT)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+        self.send(hello=self.facts())
+        tasks = [asyncio.ensure_future(work) for work in (self.listen(lines), self.beat())]
+        await self.ending
+        for task in tasks:
+            task.cancel()
+        self.kill_all()
+
+    def facts(self):
+        cpus = len(os.sched_getaffinity(0))
+        granted = os.environ.get("SLURM_CPUS_ON_NODE", "")
+        return {"node": self.name, "pid": os.getpid(), "machine": machine_identity(), "host": socket.gethostname(),
+                "cpus": min(cpus, int(granted)) if granted.isdigit() else cpus, "python": sys.version.split()[0]}
+
+    def end(self):
+        if not self.ending.done():
+            self.ending.set_result(None)
+
+    def send(self, **message):
+        try:
+            os.write(1, json.dumps(message).encode() + b"\n")
+        except OSError:
+            self.end()  # nobody listens any more
+
+    async def listen(self, lines):
+        while True:
+            line = await lines.readline()
+            if not line:
+                return self.end()
+            self.last_heard = clock()
+            order = json.loads(line)
+            if order["do"] != "beat":
+                asyncio.ensure_future(self.obey(order))
+
+    async def beat(self):
+        while clock() - self.last_heard < LOST_DRIVER_S:
+            self.send(beat=1)
+            await asyncio.sleep(BEAT_S)
+        self.end()
+
+    async def obey(self, order):
+        """Do one order and send its answer; what goes wrong is the answer too."""
+        number, method = order.pop("id"), order.pop("do")
+        try:
+            answer = await getattr(self, f"order_{method}")(**order)
+            self.send(re=number, ok=answer)
+        except OSError as error:
+            self.send(re=number, errno=error.errno or 0, error=os_reason(error))
+        except Exception as error:  # a fault of ours must reach the driver, not vanish in a task
+            self.send(re=number, errno=0, error=f"{type(error).__name__}: {error}")
+
+    def on_term(self):
+        """Slurm wants this node: the driver decides, or the clock does."""
+        self.send(term=1)
+        if self.term_end is None:
+            self.term_end = asyncio.get_running_loop().call_later(TERM_WAIT_S, self.end)
+
+    def reap(self):
+        for pid, done in list(self.exits.items()):
+            with contextlib.suppress(ChildProcessError):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    del self.exits[pid]
+                    done.set_result(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+    def launch(self, argv, env, output):
+        """Start a program in its own process group; a future of its return code comes with it."""
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env,
+                                   start_new_session=True, preexec_fn=die_with_parent)
+        self.exits[process.pid] = done = asyncio.get_running_loop().create_future()
+        return process, done
+
+    async def order_find(self, names):
+        """The first of these that is a program here, by its path or on the PATH; "" if none is."""
+        paths = [name if os.path.isabs(name) else shutil.which(name) for name in names]
+        return next((path for path in paths if path and os.path.isfile(path)), "")
+
+    async def order_run(self, argv, timeout_s, without=()):
+        """Run a short command to its end: its code and what it printed."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith(tuple(without))}
+        with tempfile.TemporaryFile() as output:
+            process, done = self.launch(argv, env, output)
+            try:
+                code = await asyncio.wait_for(asyncio.shield(done), timeout_s)
+            except asyncio.TimeoutError:
+                kill_group(process.pid, signal.SIGKILL)
+                code = await done
+            output.seek(0)
+            return {"code": code, "out": output.read(LINE_LIMIT // 4).decode("utf-8", "replace")}
+
+    async def order_start(self, process):
+        """Start a process of the run; its end is reported whenever it comes."""
+        process = Process(**process)
+        env = {name: value for name, value in os.environ.items() if not name.startswith(tuple(process.without))}
+        env.update(process.env)
+        env.update({name: os.path.expandvars(value) for name, value in process.node_env.items()})
+        with open(process.log, "ab") as output:
+            started, done = self.launch(process.argv, env, output)
+        self.processes[process.name] = (started, done, process)
+        asyncio.ensure_future(self.watch(started, done, process))
+        return {"pid": started.pid}
+
+    async def watch(self, started, done, process):
+        """Tell the lines that matter while it runs, and how it ended."""
+        pattern, at = process.progress and re.compile(process.progress), 0
+        with open(process.log, "rb") as lines:
+            while pattern and not done.done():
+                await asyncio.wait([done], timeout=0.1)
+                lines.seek(at)
+                new = lines.read(65536)
+                whole = new[:new.rfind(b"\n") + 1]
+                at += len(whole)
+                for line in whole.decode("utf-8", "replace").splitlines():
+                    if pattern.search(line):
+                        self.send(line=line.strip()[:400], name=process.name)
+        code = await done
+        kill_group(started.pid, signal.SIGKILL)  # what it left behind
+        self.processes.pop(process.name, None)
+        self.send(exit=process.name, code=code, tail=log_tail(process.log))
+
+    async def order_stop(self, name):
+        """TERM, once more for those that wait for their clients, then KILL."""
+        if name not in self.processes:
+            return None
+        started, done, process = self.processes[name]
+        for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            kill_group(started.pid, sent)
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(asyncio.shield(done), process.grace_s / 2)
+        return await done
+
+    async def order_probe(self, ports, nonce, interface, tried=()):
+        """Hold a port and answer on it with the nonce, until it is released for its process."""
+        listener = free_port(ports, tried)
+
+        async def answer(reader, writer):
+            writer.write(nonce.encode())
+            await reader.read()  # the other side closes first, so that no port is left in TIME_WAIT here
+            writer.close()
+        self.probes[nonce] = await asyncio.start_server(answer, sock=listener)
+        return {"port": listener.getsockname()[1], "addresses": node_addresses(interface)}
+
+    async def order_release(self, nonce):
+        self.probes.pop(nonce).close()
+
+    async def order_reach(self, addresses, port, nonce, timeout_s):
+        return await first_reachable(addresses, port, nonce, timeout_s)
+
+    async def order_connect(self, host, port):
+        """Whether something listens there."""
+        try:
+            _, writer = await asyncio.open_connection(host, port)
+        except OSError:
+            return False
+        writer.close()
+        return True
+
+    async def order_gpus(self):
+        """Free MiB of each GPU this job may use; nothing where nvidia-smi is not at hand."""
+        tool = shutil.which("nvidia-smi")
+        if not tool:
+            return []
+        answer = await self.order_run([tool, "--query-gpu=memory.free", "--format=csv,noheader,nounits"], 20)
+        return [int(line) for line in answer["out"].split() if line.isdigit()]
+
+    async def order_hold(self, seconds):
+        """The driver needs longer than the agent would wait after TERM."""
+        if self.term_end:
+            self.term_end.cancel()
+            self.term_end = asyncio.get_running_loop().call_later(seconds, self.end)
+
+    async def order_end(self):
+        asyncio.get_running_loop().call_soon(self.end)
+
+    def kill_all(self):
+        for started, _, _ in self.processes.values():
+            kill_group(started.pid, signal.SIGKILL)
+
+
+def kill_group(pid, signal_number):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal_number)
+
+
+class Exit(NamedTuple):
+    """How a process ended; `code` is None when its node was lost."""
+
+    process: str
+    node: str
+    code: Optional[int]
+    tail: List[str]
+
+    def __str__(self):
+        return f"{self.process} on {self.node} {self.how}"
+
+    @property
+    def how(self):
+        if self.code is None:
+            return "was lost with its node"
+        return f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with code {self.code}"
+
+
+class NodeLost(ClusterError):
+    """A node no longer answers."""
+
+
+class NodeRefusal(ClusterError):
+    """A node could not do what was asked; `errno` says why."""
+
+    def __init__(self, where, what, number):
+        super().__init__(where, what)
+        self.errno = number
+
+
+class Node:
+    """The driver's view of one node: asks its agent, and hears from it."""
+
+    def __init__(self, name, command, env, log_path, tell):
+        self.name, self.command, self.env, self.log_path, self.tell = name, command, env, log_path, tell
+        loop = asyncio.get_running_loop()
+        self.facts, self.lost = loop.create_future(), loop.create_future()
+        self.asked, self.exits, self.numbers = {}, {}, itertools.count(1)
+        self.last_heard = clock()
+        self.termed_at = None  # when Slurm told this node to end
+        self.channel = self.tasks = None
+
+    async def open(self):
+        with open(self.log_path, "ab") as output:
+            self.channel = await asyncio.create_subprocess_exec(
+                *self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, env=self.env,
+                limit=LINE_LIMIT, start_new_session=True)
+        self.tasks = [asyncio.ensure_future(self.listen()), asyncio.ensure_future(self.beat())]
+
+    async def listen(self):
+        while True:
+            line = await self.channel.stdout.readline()
+            if not line:
+                break
+            self.last_heard = clock()
+            try:
+                self.take(json.loads(line))
+            except (ValueError, TypeError):  # a site's TaskProlog speaks, say
+                log(f"{self.name}: {line.decode('utf-8', 'replace').strip()}")
+        self.lose("its agent ended")
+
+    def take(self, message):
+        if "re" in message:
+            answer = self.asked.pop(message["re"], None)
+            if answer and not answer.done():
+                if "error" in message:
+                    answer.set_exception(NodeRefusal(self.name, message["error"], message["errno"]))
+                else:
+                    answer.set_result(message["ok"])
+        elif "exit" in message:
+            ended = self.exits[message["exit"]]
+            if not ended.done():
+                ended.set_result(Exit(message["exit"], self.name, message["code"], message["tail"]))
+        elif "hello" in message:
+            self.facts.set_result(message["hello"])
+        elif "term" in message:
+            self.termed_at = self.termed_at or clock()
+            self.tell("term", node=self.name)
+        elif "line" in message:
+            self.tell("engine_says", node=self.name, process=message["name"], line=message["line"])
+
+    async def beat(self):
+        while clock() - self.last_heard < SILENT_NODE_S:
+            self.write({"do": "beat"})
+            await asyncio.sleep(BEAT_S)
+        self.lose(f"silent for {show_duration(SILENT_NODE_S)}")
+
+    def write(self, message):
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            self.channel.stdin.write(json.dumps(message).encode() + b"\n")
+
+    def lose(self, why):
+        """The node is gone, and with it all that ran there."""
+        if self.lost.done():
+            return
+        self.lost.set_result(why)
+        error = NodeLost(self.name, f"the node was lost: {why}", f"see {self.log_path}")
+        for answer in [self.facts] + list(self.asked.values()):
+            if not answer.done():
+                answer.set_exception(error)
+                answer.exception()  # nobody may be waiting for this one
+        for name, ended in self.exits.items():
+            if not ended.done():
+                ended.set_result(Exit(name, self.name, None, []))
+
+    async def ask(self, order, **details):
+        """Give an order and wait for its answer."""
+        if self.lost.done():
+            raise NodeLost(self.name, f"the node was lost: {self.lost.result()}", f"see {self.log_path}")
+        number = next(self.numbers)
+        self.asked[number] = answer = asyncio.get_running_loop().create_future()
+        self.write({"id": number, "do": order, **details})
+        return await answer
+
+    async def start(self, process):
+        """Start a process; a future of its Exit."""
+        self.exits[process.name] = ended = asyncio.get_running_loop().create_future()
+        await self.ask("start", process=dataclasses.asdict(process))
+        return ended
+
+    async def close(self):
+        """Let the agent end, and go on without it if it does not."""
+        self.write({"id": next(self.numbers), "do": "end"})
+        try:
+            await asyncio.wait_for(self.channel.wait(), 5)
+        except asyncio.TimeoutError:
+            self.channel.kill()
+            await self.channel.wait()
+        for task in self.tasks:
+            task.cancel()
+        self.lose("stopped")
+
+
+JOIN_TIMEOUT_S = 120.0
+
+
+@contextlib.asynccontextmanager
+async def agents(names, command, env, log_of, tell):
+    """An agent on each node, as `Node`s; on the way out they end, and all that they started.
+
+    `command(name)` is the argv that starts one."""
+    nodes = [Node(name, command(name), env, log_of(name), tell) for name in names]
+    opened = []
+    try:
+        for node in nodes:
+            await node.open()
+            opened.append(node)
+        await asyncio.wait([node.facts for node in nodes], timeout=JOIN_TIMEOUT_S)
+        missing = [node for node in nodes if not node.facts.done() or node.facts.exception()]
+        if missing:
+            said = log_tail(missing[0].log_path)
+            raise ClusterError(", ".join(node.name for node in missing),
+                               f"no agent came up: {said[-1] if said else 'nothing was said'}",
+                               f"see {missing[0].log_path}; can the nodes see this folder and its Python?")
+        yield nodes
+    finally:
+        await asyncio.gather(*(node.close() for node in opened))
+
+
+async def open_way(target, prober, ports, interface, what):
+    """A port on `target` that `prober` reaches: its host address and the port, free for what starts there.
+
+    Nodes that share one network stack meet on loopback, where nobody else comes by."""
+    nonce = secrets.token_hex(8)
+    probe = await target.ask("probe", ports=ports, nonce=nonce, interface=interface)
+    try:
+        addresses = probe["addresses"]
+        if target.facts.result()["machine"] == prober.facts.result()["machine"] and not interface:
+            addresses = ["127.0.0.1"]
+        found = await prober.ask("reach", addresses=addresses, port=probe["port"], nonce=nonce, timeout_s=5)
+    finally:
+        await target.ask("release", nonce=nonce)
+    if not found:
+        raise ClusterError("", f"{prober.name} cannot reach {what} on {target.name}, port {probe['port']} "
+                           f"({', '.join(addresses) or f'no address on interface {interface}'})",
+                           "is a firewall between the nodes? Set [network] ports to a range that is open, "
+                           "or [network] interface")
+    return found, probe["port"]
+
+
+def agent_command(python, script, node, slurm_job="", gpus="", overlap=False):
+    """The argv that starts the agent of a node: through srun, or right here."""
+    agent = [python, "-S", "-E", str(script), "agent", node]
+    if not slurm_job:
+        return agent
+    step = ["srun", "-N1", "-n1", "-w", node, "--ntasks-per-node=1", "--mem=0", "--kill-on-bad-exit=0", "--wait=0",
+            "--no-kill", "--export=ALL", "--mpi=none", "-J", "agent"]
+    return step + [f"--gres=gpu:{gpus}"] * bool(gpus) + ["--overlap"] * overlap + agent
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 9 · Engines
+#
+# Owns what each engine needs: what to start where, when it is ready, what its failures mean. What
+# differs between engines stands side by side in small classes; a Replica starts, watches and stops
+# one group. Knows nothing of Slurm, containers or prompts.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class Placed(NamedTuple):
+    """A node of a group, with the address and port on which what starts there is reached."""
+
+    node: Node
+    facts: Dict[str, Any]  # what the engine's probe found there
+    address: str
+    port: int
+    devices: Tuple[int, ...]  # free MiB of each GPU, where the engine asked for it
+
+
+class EngineFailed(ClusterError):
+    """An engine did not start, or ended while it was needed."""
+
+
+class Engine:
+    """What all engines have in common."""
+
+    name = ""
+    metrics_path = "/metrics"
+
+    def __init__(self, config, run, life, group_size):
+        self.config, self.run, self.life, self.group_size = config, run, life, group_size
+        self.slots = config.engine.slots
+        self.model_name = config.model.name or Path(config.model.path).name or self.name
+
+    def log_of(self, node, process):
+        return str(self.run.logs_of(self.life) / f"{node.name}-{process}.log")
+
+    def ports(self, head):
+        """The port or range of the head (else of the others), "" for any."""
+        return self.config.network.ports
+
+    async def probe(self, node, is_head):
+        """What is installed on a node; raises EngineFailed where something is missing."""
+        return {}
+
+    def wants_devices(self, head_facts):
+        return False
+
+    def processes(self, group):
+        """The (placed, process) pairs of a group in the order in which they start; the head is the last."""
+        raise NotImplementedError
+
+
+class Echo(Engine):
+    """No model: repeats the prompt. For trying things out, and for the demo."""
+
+    name = "echo"
+
+    def processes(self, group):
+        head = group[0]
+        argv = [sys.executable, "-S", "-E", str(self.run.script), "echo", head.address, str(head.port),
+                str(self.run.key_file)] + self.config.engine.args
+        return [(head, Process("engine", argv, self.log_of(head.node, "engine")))]
+
+
+async def echo_server(host, port, key_file, delay_s=0.0):
+    """The echo engine's server: an OpenAI-compatible endpoint that says what it was told."""
+    key = f"Bearer {Path(key_file).read_text().strip()}"
+
+    async def answer(request):
+        path = request.start.split(" ")[1]
+        if path == "/health":
+            return http_response(200, {"status": "ok"})
+        if request.headers.get("authorization") != key:
+            return http_response(401, {"error": {"message": "wrong key", "code": 401}})
+        if path != "/v1/chat/completions":
+            return http_response(404, {"error": {"message": f"no {path} here", "code": 404}})
+        await asyncio.sleep(delay_s)
+        body = request.json()
+        said = str(body["messages"][-1].get("content", ""))
+        tokens = {"prompt_tokens": len(said.split()), "completion_tokens": len(said.split())}
+        return http_response(200, {
+            "id": "echo", "object": "chat.completion", "created": int(time.time()), "model": body.get("model", ""),
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}],
+            "usage": dict(tokens, total_tokens=sum(tokens.values()))})
+
+    server = await serve_http(host, port, answer)
+    await server.serve_forever()
+
+
+class LlamaCpp(Engine):
+    """llama-server on the first node of the group; an RPC worker on each of the others."""
+
+    name = "llama.cpp"
+    worker_names = ("ggml-rpc-server", "rpc-server")  # renamed in June 2026
+    own_settings = ("LLAMA_ARG_", "LLAMA_API_KEY", "AIP_")
+    progress = r"load_tensors|n_ctx_slot|KV buffer|using device|RPC|listening|[Ee]rror|failed|warming up"
+
+    def __init__(self, config, run, life, group_size):
+        super().__init__(config, run, life, group_size)
+        self.llama = config.engine.llama
+        self.without = () if self.llama.user_settings else self.own_settings
+
+    def ports(self, head):
+        fixed = self.config.engine.port if head else self.llama.rpc_port
+        return str(fixed) if fixed else self.config.network.ports
+
+    async def probe(self, node, is_head):
+        folder = self.config.engine.path
+        candidates = [folder, os.path.join(folder, "llama-server")] if folder else ["llama-server"]
+        server = await node.ask("find", names=candidates)
+        if not server:
+            raise EngineFailed(node.name, f"llama-server not found {f'in {folder}' if folder else 'on the PATH'}",
+                               "set [engine] path to it, or load its module in [environment] modules")
+        if not is_head:
+            beside = os.path.dirname(os.path.realpath(server))
+            worker = await node.ask("find", names=[os.path.join(beside, name) for name in self.worker_names])
+            if not worker:
+                raise EngineFailed(node.name, f"no RPC worker (ggml-rpc-server or rpc-server) in {beside}",
+                                   "build llama.cpp with -DGGML_RPC=ON, or use one node")
+            return {"worker": worker}
+        return {"server": server, "flags": await self.flags(node, server)}
+
+    async def flags(self, node, server):
+        """The flags this build knows: they come and go between builds, so it is asked."""
+        try:
+            answer = await node.ask("run", argv=[server, "--help"], timeout_s=60, without=self.without)
+        except NodeRefusal as refused:
+            raise EngineFailed(node.name, f"{server} cannot be started: {refused.what}",
+                               EXEC_MENDS.get(refused.errno, "check [engine] path"))
+        flags = set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", answer["out"]))
+        if answer["code"] != 0 or "--port" not in flags:
+            raise explain_failure(f"{server} on {node.name}", answer["out"].splitlines(), f"code {answer['code']}")
+        if "--rpc" not in flags and self.group_size > 1:
+            raise EngineFailed(node.name, f"{server} lacks RPC, which several nodes need", BUILD_WITH_RPC)
+        return sorted(flags)
+
+    def wants_devices(self, head_facts):
+        return "--fit" not in head_facts["flags"] and self.group_size > 1
+
+    def processes(self, group):
+        head, others = group[0], group[1:]
+        return [(placed, self.worker(placed)) for placed in others] + [(head, self.server(head, others))]
+
+    def worker(self, placed):
+        argv = [placed.facts["worker"], "-H", placed.address, "-p", str(placed.port)]
+        node_env = {"LLAMA_CACHE": self.llama.rpc_cache} if self.llama.rpc_cache else {}
+        return Process("rpc", argv + ["-c"] * bool(node_env), self.log_of(placed.node, "rpc"), node_env=node_env,
+                       env={"GGML_NO_BACKTRACE": "1"}, without=self.without)
+
+    def server(self, head, workers):
+        engine, flags = self.config.engine, head.facts["flags"]
+        argv = [head.facts["server"], "-m", self.config.model.path, "--host", head.address, "--port", str(head.port),
+                "-c", str(engine.context * engine.slots), "-np", str(engine.slots),
+                "-t", str(head.node.facts.result()["cpus"]), "--api-key-file", str(self.run.key_file), "--metrics"]
+        if self.llama.gpu_layers != "auto":
+            argv += ["-ngl", str(self.llama.gpu_layers)]
+        elif "--fit" not in flags:
+            argv += ["-ngl", "999"]  # builds without fit leave all on the CPU unless told
+        if workers:
+            argv += ["--rpc", ",".join(f"{placed.address}:{placed.port}" for placed in workers)]
+        shares = self.tensor_split(head, workers)
+        argv += ["-ts", ",".join(map(str, shares))] if shares else []
+        argv += ["--alias", self.model_name] if "--alias" in flags else []
+        argv += [flag for flag in ("--no-webui",) if flag in flags]
+        env = {"GGML_NO_BACKTRACE": "1"}
+        if not self.llama.user_settings:
+            env["XDG_CONFIG_HOME"] = str(self.run.folder / "shapes")  # new builds read llama.cpp/config.ini there
+        return Process("llama-server", argv + engine.args, self.log_of(head.node, "llama-server"), env=env,
+                       without=self.without, progress=self.progress)
+
+    @staticmethod
+    def tensor_split(head, workers):
+        """Each device's share on builds that cannot fit by themselves: RPC workers first, one device each."""
+        shares = [placed.devices[:1] for placed in workers] + [head.devices]
+        return [share for devices in shares for share in devices] if all(shares) else []
+
+
+BUILD_WITH_RPC = "build llama.cpp with -DGGML_RPC=ON, or set [slurm] nodes = 1"
+EXEC_MENDS = {errno.ENOEXEC: "it was built for another CPU: build or fetch llama.cpp for these nodes",
+              errno.EACCES: "make it executable: chmod +x", errno.ENOENT: "check [engine] path"}
+ENGINES = {engine.name: engine for engine in (LlamaCpp, Echo)}
+
+FAILURES = (  # in the last lines of a log, what it means, what to do
+    (r"[Aa]ddress already in use|couldn't bind|Failed to create server socket",
+     "its port is in use by another program", "set the port to 0 to take a free one, or name another"),
+    (r"RPC not supported|invalid argument: --rpc", "it lacks RPC, which several nodes need", BUILD_WITH_RPC),
+    (r"invalid argument: (\S+)", "this build does not know an argument", "see [engine] args"),
+    (r"Failed to connect to \S+|Remote RPC server crashed", "an RPC worker was lost or cannot be reached",
+     "see the worker's log; `logs` shows it"),
+    (r"out of memory|cudaMalloc failed|unable to allocate .* buffer|failed to allocate .*buffer",
+     "it ran out of memory", "ask for more nodes or larger GPUs, or lower [engine] slots or context"),
+    (r"unknown model architecture", "this build does not know the model's architecture", "use a newer llama.cpp"),
+    (r"error while loading shared libraries: (\S+)", "a shared library is missing on the node",
+     "load the module that brings it: [environment] modules"),
+    (r"[Ee]xec format error", "it was built for another CPU", EXEC_MENDS[errno.ENOEXEC]),
+    (r"failed to load model|error loading model", "it could not load the model", "is the file whole and readable there?"))
+
+
+def explain_failure(who, tail, how):
+    """The error for an engine that ended: what its last lines mean, and those lines' most telling one."""
+    text = "\n".join(tail)
+    for pattern, what, mend in FAILURES:
+        found = re.search(pattern, text)
+        if found:
+            line = next(line for line in tail if found.group().splitlines()[0] in line)
+            return EngineFailed("", f"{who}: {what} ({one_line(line)[:200]})", mend)
+    telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail
+    return EngineFailed("", f"{who} ({how}): {one_line(telling[-1])[:300] if telling else 'it said nothing'}",
+                        "`logs` shows the rest")
+
+
+class Here:
+    """The driver itself, where it must reach a node: it answers as a Node would."""
+
+    name = "the driver"
+
+    def __init__(self):
+        self.facts = asyncio.get_running_loop().create_future()
+        self.facts.set_result({"machine": machine_identity()})
+
+    async def ask(self, order, addresses, port, nonce, timeout_s):
+        return await first_reachable(addresses, port, nonce, timeout_s)
+
+
+class Replica:
+    """One group of nodes that runs the model once: its start, its watch, its end."""
+
+    STARTS = 3  # a port that was free may be taken before the engine has it
+
+    def __init__(self, number, engine, nodes, tell):
+        self.number, self.engine, self.nodes, self.tell = number, engine, nodes, tell
+        self.running = []  # (node, process, future of its Exit), in the order of their start
+        self.client = None
+        self.stopping = False
+
+    @property
+    def head(self):
+        return self.nodes[0]
+
+    async def start(self):
+        """Bring the engine up to its first ready moment."""
+        for attempt in range(self.STARTS):
+            try:
+                await self.start_once()
+                break
+            except EngineFailed as error:
+                fixed = self.engine.ports(head=True).isdigit() or self.engine.ports(head=False).isdigit()
+                if "port is in use" not in str(error) or fixed or attempt == self.STARTS - 1:
+                    raise
+                await self.stop()
+
+    async def start_once(self):
+        self.stopping = False
+        group = await self.place()
+        key = self.engine.run.key_file.read_text().strip()
+        *workers, (head, server) = self.engine.processes(group)
+        await asyncio.gather(*(self.start_worker(placed, process) for placed, process in workers))
+        await self.start_process(head.node, server)
+        self.tell("engine_started", replica=self.number, nodes=[node.name for node in self.nodes],
+                  command=" ".join(map(quote, server.argv)))
+        self.client = Client(head.address, head.port, key)
+        started = clock()
+        await self.unless_failed(wait_until(
+            f"{server.name} on {head.node.name} to be ready", self.answers_health, self.engine.config.engine.load_timeout,
+            f"raise [engine] load_timeout, or see {server.log}"))
+        self.tell("ready", replica=self.number, load_s=round(clock() - started, 2))
+
+    async def place(self):
+        """Ask the nodes what is installed, and find the addresses by which they reach each other."""
+        here, engine, interface = Here(), self.engine, self.engine.config.network.interface
+
+        async def way(node):
+            head = node is self.head
+            try:
+                return await open_way(node, here if head else self.head, engine.ports(head), interface,
+                                      "the engine" if head else "the RPC worker")
+            except NodeRefusal as refused:
+                raise EngineFailed(node.name, refused.what, "name another port, or 0 for any free one")
+        count = len(self.nodes)
+        answers = await first_failure(*[engine.probe(node, node is self.head) for node in self.nodes],
+                                      *[way(node) for node in self.nodes])
+        facts, ways, devices = answers[:count], answers[count:], [()] * count
+        if engine.wants_devices(facts[0]):
+            devices = await first_failure(*[node.ask("gpus") for node in self.nodes])
+        return [Placed(node, fact, address, port, tuple(free))
+                for node, fact, (address, port), free in zip(self.nodes, facts, ways, devices)]
+
+    async def start_process(self, node, process):
+        try:
+            self.running.append((node, process, await node.start(process)))
+        except NodeRefusal as refused:
+            raise EngineFailed(node.name, f"{process.argv[0]} cannot be started: {refused.what}",
+                               EXEC_MENDS.get(refused.errno, "check [engine] path"))
+
+    async def start_worker(self, placed, process):
+        await self.start_process(placed.node, process)
+        await self.unless_failed(wait_until(
+            f"{process.name} on {placed.node.name} to listen",
+            lambda: placed.node.ask("connect", host=placed.address, port=placed.port), 60, f"see {process.log}"))
+
+    async def answers_health(self):
+        try:
+            return (await self.client.request("GET", "/health", timeout_s=30)).status == 200
+        except WireError:
+            return False
+
+    async def failure(self):
+        """Waits for the end of any of its processes, and says what it means."""
+        ends = [ended for _, _, ended in self.running]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        ended = next(iter(done)).result()
+        if ended.code is None:
+            return EngineFailed("", str(ended), "the node failed or was taken away")
+        return explain_failure(f"{ended.process} on {ended.node}", ended.tail, ended.how)
+
+    async def unless_failed(self, work):
+        """The outcome of some work, or the error of a process that ended meanwhile."""
+        work, failure = asyncio.ensure_future(work), asyncio.ensure_future(self.failure())
+        try:
+            await asyncio.wait([work, failure], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise failure.result()
+            return work.result()
+        finally:
+            work.cancel()
+            failure.cancel()
+            await asyncio.gather(work, failure, return_exceptions=True)
+
+    async def stop(self):
+        """Stop its processes, the last started first: clients leave before their server is told to."""
+        self.stopping = True
+        if self.client:
+            self.client.close()
+        while self.running:
+            node, process, ended = self.running.pop()
+            if not ended.done():
+                with contextlib.suppress(ClusterError):
+                    await node.ask("stop", name=process.name)
+                    await ended
+
+
+@contextlib.asynccontextmanager
+async def replicas(engine, groups, tell):
+    """A replica on each group of nodes, all starting; on the way out they are stopped.
+
+    Gives (replica, task of its start) pairs: work begins with the first that is ready."""
+    made = [Replica(number, engine, nodes, tell) for number, nodes in enumerate(groups)]
+    starts = [asyncio.ensure_future(replica.start()) for replica in made]
+    try:
+        yield list(zip(made, starts))
+    finally:
+        for start in starts:
+            start.cancel()
+        await asyncio.gather(*starts, return_exceptions=True)
+        await asyncio.gather(*(replica.stop() for replica in made))
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 11 · Prompts
+#
+# Owns what is asked and what came back, on disk: the sources of prompts, the journal of results,
+# what is left to do after a restart, and the files that users read. Knows nothing of HTTP.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+CHAT = "/v1/chat/completions"
+
+
+class Prompt(NamedTuple):
+    """One question: where it stands in the input, and the request that asks it."""
+
+    key: Tuple[int, int, int]  # source, row, sample
+    custom_id: str
+    url: str
+    body: bytes
+
+
+class Result(NamedTuple):
+    """What came of a prompt: a status and the body of the answer, or an error where there was no answer."""
+
+    prompt: Prompt
+    status: int
+    body: bytes
+    error: Optional[Dict[str, str]]
+    started: float
+    time_s: float
+    attempts: int
+    replica: int
+
+    @property
+    def ok(self):
+        return self.status == 200
+
+    @property
+    def tokens(self):
+        return (json.loads(self.body).get("usage") or {}).get("completion_tokens", 0) if self.ok else 0
+
+
+class FolderSource:
+    """Every text file below a folder is a prompt; its path is its name. The list is frozen with the run."""
+
+    def __init__(self, config, model_name, frozen):
+        self.config, self.folder = config, config.prompts.user
+        self.system, self.files = frozen["system"], frozen["files"]
+        self.params = {"model": model_name, **config.prompts.params}
+        if not {"max_tokens", "max_completion_tokens"} & set(self.params):
+            self.params["max_tokens"] = config.prompts.max_tokens
+
+    def __len__(self):
+        return len(self.files)
+
+    def prompt(self, row):
+        name, digest = self.files[row]
+        text = read_user_file(os.path.join(self.folder, name), "prompt")
+        if text_digest(text) != digest:
+            raise UserError(os.path.join(self.folder, name), "the prompt was changed after the run was submitted",
+                            "put it back, or submit the new prompts as a new run")
+        messages = [{"role": "system", "content": self.system}] * bool(self.system) + [
+            {"role": "user", "content": text}]
+        body = json.dumps({**self.params, "messages": messages}, ensure_ascii=False).encode()
+        return Prompt((0, row, 0), name, CHAT, body)
+
+
+def text_digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def freeze_prompts(config):
+    """Read every prompt once, as it will be asked: what is wrong with one is known before anything starts."""
+    system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
+    folder = config.prompts.user
+    if not os.path.isdir(folder):
+        what = "not a folder" if os.path.exists(folder) else "no such folder"
+        raise config.error("prompts.user", what, "name a folder of text files, one prompt each")
+    files = []
+    for name in prompt_files(folder):
+        text = read_user_file(os.path.join(folder, name), "prompt")
+        if not text.strip():
+            raise UserError(os.path.join(folder, name), "the prompt is empty", "write a question in it, or remove the file")
+        files.append((name, text_digest(text)))
+    if not files:
+        raise config.error("prompts.user", "no prompts in the folder", "put text files in it, one prompt each")
+    check_result_names(config, [name for name, _ in files])
+    return {"system": system, "files": files}
+
+
+def prompt_files(folder):
+    """The paths of all files below a folder, in a fixed order; hidden ones are not prompts."""
+    found = []
+    for top, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.extend(os.path.relpath(os.path.join(top, name), folder) for name in names if not name.startswith("."))
+    return sorted(found)
+
+
+def result_names(template, names):
+    """Where each prompt's answer goes below the results folder; the {name}s of two never meet."""
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
+    if len(set(stems)) < len(stems):
+        stems = [name.replace(os.sep, "_") for name in names]
+    return [template.replace("{path}", path).replace("{name}", stem) for path, stem in zip(names, stems)]
+
+
+def check_result_names(config, names):
+    template, folder = config.results.file_name, config.results.folder
+    written = result_names(template, names)
+    if len(set(written)) < len(written):
+        raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
+    for name in written:
+        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+            raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
+    above = folder
+    while above and not os.path.exists(above):
+        above = os.path.dirname(above)
+    if folder and not (os.path.isdir(above) and os.access(above, os.W_OK)):
+        raise config.error("results.folder", "cannot be written to" if os.path.isdir(above) else f"{above} is a file",
+                           "name a folder that you may write to")
+
+
+class Journal:
+    """Appends results, in whole lines, to this life's own segment; a line is on disk before it counts."""
+
+    WRITE_AFTER_S, SYNC_AFTER_S = 0.05, 1.0
+
+    def __init__(self, run, life):
+        self.run, self.life, self.segment, self.file = run, life, -1, -1
+        self.lines, self.timer, self.syncing = [], None, None
+        self.done = self.failed = self.tokens = 0
+        self.open_segment()
+
+    def open_segment(self):
+        if self.file >= 0:
+            os.close(self.file)
+        self.segment += 1
+        path = self.run.journal / f"{self.life}.{self.segment}.jsonl"
+        self.file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
+
+    def add(self, result):
+        self.lines.append(journal_line(result))
+        self.done += result.ok
+        self.failed += not result.ok
+        self.tokens += result.tokens
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_later(self.WRITE_AFTER_S, self.write)
+
+    def write(self):
+        """Hand the lines to the kernel now; a disk is asked to keep them at most a second later, off the loop."""
+        self.timer = None
+        self.write_lines()
+        if self.syncing is None:
+            self.syncing = asyncio.get_running_loop().call_later(self.SYNC_AFTER_S, self.sync)
+
+    def write_lines(self):
+        data, self.lines = b"".join(self.lines), []
+        while data:
+            data = data[os.write(self.file, data):]
+
+    def sync(self):
+        self.syncing = None
+        asyncio.get_running_loop().run_in_executor(None, os.fsync, self.file)
+
+    def close(self):
+        """Everything is on disk when this returns."""
+        for timer in (self.timer, self.syncing):
+            if timer:
+                timer.cancel()
+        self.write_lines()
+        os.fsync(self.file)
+        os.close(self.file)
+
+
+def journal_line(result):
+    """A line in OpenAI's Batch output format. The id holds the key and the line's end the verdict, so that
+    a resume reads bytes and parses nothing."""
+    prompt = result.prompt
+    head = {"id": "batch_req_%d_%d_%d" % prompt.key, "custom_id": prompt.custom_id}
+    response = b"null"
+    if result.status:
+        request_id = json.dumps("req_%d_%d_%d" % prompt.key).encode()
+        body = result.body if b"\n" not in result.body else json.dumps(json.loads(result.body)).encode()
+        response = b'{"status_code": %d, "request_id": %s, "body": %s}' % (result.status, request_id, body)
+    note = {"row": prompt.key[1], "started": round(result.started, 3), "time_s": round(result.time_s, 4),
+            "attempts": result.attempts, "replica": result.replica, "ok": result.ok}
+    return b'%s, "response": %s, "error": %s, "llmrun": %s}\n' % (
+        json.dumps(head, ensure_ascii=False).encode()[:-1], response, json.dumps(result.error).encode(),
+        json.dumps(note).encode())
+
+
+KEY_IN_LINE = re.compile(rb'\{"id": "batch_req_(\d+)_(\d+)_(\d+)"')
+OK_END = b'"ok": true}}'
+
+
+def merged_lines(run):
+    """The one line that counts for each prompt: a success before an error, then the first by life and place."""
+    best = {}
+    for path in run.segments():
+        for line in read_lines(path):
+            match = KEY_IN_LINE.match(line)
+            if match:
+                found = tuple(map(int, match.groups()))
+                if found not in best or line.endswith(OK_END) and not best[found].endswith(OK_END):
+                    best[found] = line
+    return best
+
+
+def answer_text(body):
+    """The text of an answer, whichever endpoint gave it."""
+    choice = (body.get("choices") or [{}])[0]
+    message = choice.get("message") or {}
+    return message.get("content") or choice.get("text") or message.get("refusal") or ""
+
+
+def write_results(run, config):
+    """Write what the user asked for from the journals: a file for each answer, errors.jsonl for the rest."""
+    frozen = json.loads(run.prompts_file.read_text())
+    folder = Path(config.results.folder) if config.results.folder else run.results
+    folder.mkdir(parents=True, exist_ok=True)
+    names = result_names(config.results.file_name, [name for name, _ in frozen["files"]])
+    errors = []
+    for (_, row, _), line in sorted(merged_lines(run).items()):
+        if not line.endswith(OK_END):
+            errors.append(line)
+            continue
+        path = folder / names[row]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, answer_text(json.loads(line)["response"]["body"]))
+    if errors:
+        write_file(folder / "errors.jsonl", b"\n".join(errors) + b"\n")
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "errors.jsonl").unlink()
+    return folder
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 12 · Work
+#
+# Owns how prompts become results: who asks what when, retries, deadlines and the balance between
+# replicas. Knows nothing of files (results go to whatever has `add`) and nothing of engines beyond a
+# client, a number of slots and a promise to say when they fail.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+RETRY_STATUS = {408, 409, 429, 500, 502, 503, 504}
+MAX_ATTEMPTS = 6
+
+
+def in_flight(slots):
+    """Requests under way at a replica: a few wait at the engine, so that no slot is ever empty."""
+    return slots + slots // 8 + 2
+
+
+class Pump:
+    """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop."""
+
+    def __init__(self, prompts, journal, ends_at):
+        self.prompts = iter(prompts)  # of (row → Prompt) calls, so that a prompt is read when it is sent
+        self.journal, self.ends_at = journal, ends_at
+        self.again = collections.deque()  # prompts to ask once more, with their attempts so far
+        self.waiting = collections.deque()  # workers with nothing to do while others' prompts may come back
+        self.unfinished = 0  # taken from the input and not yet in the journal
+        self.exhausted = self.draining = False
+        self.first_sent = None
+
+    async def run(self, pairs):
+        """Work with each replica from the moment it is ready; fails when the last one has."""
+        tasks = [asyncio.ensure_future(self.work_with(*pair)) for pair in pairs]
+        try:
+            errors = []
+            for task in asyncio.as_completed(tasks):
+                try:
+                    await task
+                    if self.finished:
+                        return
+                except ClusterError as error:
+                    errors.append(error)
+            raise errors[-1]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def finished(self):
+        return (self.exhausted or self.draining) and not self.unfinished
+
+    async def work_with(self, replica, start):
+        await asyncio.shield(start)
+        workers = [self.worker(replica) for _ in range(in_flight(replica.engine.slots))]
+        await replica.unless_failed(first_failure(*workers))
+
+    async def worker(self, replica):
+        while True:
+            taken = self.take()
+            if taken is None:
+                if self.finished:
+                    return self.wake_all()
+                await self.wait_for_work()
+                continue
+            await self.ask(replica, *taken)
+
+    def take(self):
+        """The next prompt and its attempts so far, or None when there is none just now."""
+        if self.again:
+            return self.again.popleft()
+        if self.exhausted or self.draining:
+            return None
+        read = next(self.prompts, None)
+        if read is None:
+            self.exhausted = True
+            return None
+        self.unfinished += 1
+        return read(), 0
+
+    async def wait_for_work(self):
+        turn = asyncio.get_running_loop().create_future()
+        self.waiting.append(turn)
+        await turn
+
+    def wake_all(self):
+        while self.waiting:
+            turn = self.waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+
+    def put_back(self, prompt, attempts):
+        self.again.append((prompt, attempts))
+        self.wake_all()
+
+    async def ask(self, replica, prompt, attempts):
+        """One attempt at a prompt: a result, or another attempt later."""
+        self.first_sent = self.first_sent or clock()
+        started, began, wait_s = time.time(), clock(), 0.0
+        try:
+            answer = await replica.client.request("POST", prompt.url, prompt.body, self.ends_at - began)
+            status, body, error = judge(answer)
+            wait_s = retry_after(answer.headers)
+        except asyncio.CancelledError:
+            self.put_back(prompt, attempts)  # its replica failed, or the run is stopping: it was not answered
+            raise
+        except WireError as broken:
+            status, body, error = 0, b"", {"code": "connection", "message": str(broken)}
+        attempts += 1
+        if (error or status in RETRY_STATUS) and attempts < MAX_ATTEMPTS:
+            delay = max(wait_s, min(30.0, 0.5 * 2 ** attempts) * (0.5 + secrets.randbelow(1000) / 1000))
+            asyncio.get_running_loop().call_later(delay, self.put_back, prompt, attempts)
+            return
+        self.unfinished -= 1
+        self.journal.add(Result(prompt, status, body, error, started, clock() - began, attempts, replica.number))
+        if self.finished:
+            self.wake_all()
+
+    def drain(self):
+        """Let the prompts under way finish; take no new ones."""
+        self.draining = True
+        self.unfinished -= len(self.again)
+        self.again.clear()
+        self.wake_all()
+
+
+def judge(answer):
+    """(status, body, error) of an answer: an error only where there is no answer that could be kept."""
+    try:
+        json.loads(answer.body)
+        return answer.status, answer.body, None
+    except ValueError:
+        text = answer.body[:500].decode("utf-8", "replace")
+        if answer.status == 200:
+            return 0, b"", {"code": "not_json", "message": f"the engine's answer is not JSON: {text}"}
+        return answer.status, json.dumps({"error": {"message": text}}).encode(), None
+
+
+def retry_after(headers):
+    text = headers.get("retry-after", "")
+    return min(float(text), 120.0) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 15 · Driver
+#
+# Owns the life of a job, start to teardown: straight-line code whose `async with`s unwind in the
+# reverse order, whatever happens, and the signals that Slurm and users send. Leaves every part of
+# the story to the section that owns it.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class Allocation(NamedTuple):
+    """The nodes this driver may use, from Slurm or, without it, on this machine."""
+
+    job: int
+    restart: int
+    nodes: List[str]
+    gpus: Dict[str, str]  # what to ask srun for on each node
+    ends_at: float  # by the clock; math.inf without a limit
+    share: Tuple[int, int]  # which part of the prompts is this job's, of how many
+    in_step: bool  # inside a step already, so that agents must overlap it
+
+
+def find_allocation(environ, nodes_wanted):
+    """What Slurm gave this job; without Slurm, agents on this machine stand for the nodes."""
+    if "SLURM_JOB_ID" not in environ:
+        names = [socket.gethostname()] if nodes_wanted == 1 else [f"local{n + 1}" for n in range(nodes_wanted)]
+        return Allocation(0, 0, names, {}, math.inf, (0, 1), False)
+    if "SLURM_HET_SIZE" in environ:
+        raise UserError("this job", "is a heterogeneous job", "submit a plain one: llmrun places its parts by itself")
+    detail = Slurm(environ).detail(environ["SLURM_JOB_ID"])
+    nodes = expand_hostlist(environ["SLURM_JOB_NODELIST"])
+    if len(nodes) < nodes_wanted:
+        raise UserError("this job", f"has {len(nodes)} nodes and the config wants {nodes_wanted}",
+                        "ask for more nodes, or --set slurm.nodes")
+    return Allocation(
+        job=int(environ["SLURM_JOB_ID"]), restart=int(environ.get("SLURM_RESTART_COUNT", 0)), nodes=nodes[:nodes_wanted],
+        gpus=gpus_of_nodes(detail), ends_at=end_of_job(environ, detail), in_step="SLURM_STEP_ID" in environ,
+        share=(int(environ.get("SLURM_ARRAY_TASK_ID", 0)), int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))))
+
+
+def gpus_of_nodes(detail):
+    """GPUs of each node in `scontrol show job -d`: a step must ask for them, or may see too few."""
+    gpus = {}
+    for hosts, gres in re.findall(r" Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", detail):
+        count = re.search(r"gpu(?::[^:,(]+)?:(\d+)", gres)
+        if count:
+            gpus.update(dict.fromkeys(expand_hostlist(hosts), count.group(1)))
+    return gpus
+
+
+def end_of_job(environ, detail):
+    """When the time limit comes, by our clock."""
+    shown = re.search(r"\bEndTime=(\d+)", detail)
+    end = environ.get("SLURM_JOB_END_TIME") or (shown.group(1) if shown else "")
+    return clock() + int(end) - time.time() if end else math.inf
+
+
+class Orders:
+    """The signals of one life: what they mean, and which of them ended it."""
+
+    def __init__(self, tell):
+        self.tell, self.driver, self.pump = tell, asyncio.current_task(), None
+        self.exit_code = None
+        self.agent_termed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self.stop, WORK_LEFT, "told to end (SIGTERM)")
+        loop.add_signal_handler(signal.SIGHUP, self.stop, WORK_LEFT, "the terminal was closed")
+        loop.add_signal_handler(signal.SIGINT, self.stop, INTERRUPTED, "interrupted")
+        loop.add_signal_handler(signal.SIGUSR1, self.time_is_short)
+
+    def stop(self, exit_code, why):
+        """End now: unwind everything. Both TERM and INT may come twice; the first one counts."""
+        if self.exit_code is None:
+            self.exit_code = exit_code
+            self.tell("stopping", why=why)
+            self.driver.cancel()
+
+    def time_is_short(self):
+        """Slurm's early warning: finish what is under way and ask nothing new."""
+        self.tell("time_is_short")
+        if self.pump:
+            self.pump.drain()
+        else:
+            self.stop(WORK_LEFT, "the time limit is near and the engine is not ready")
+
+    async def meant_to_end(self):
+        """Whether Slurm is ending the job: its TERM may reach an engine a moment before it reaches us."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.agent_termed.wait(), 0.5)
+        return self.agent_termed.is_set() or self.exit_code is not None
+
+
+def drive(run, allocation, shape=0):
+    """One life of a driver, from its first event to its last; its exit code."""
+    config = run.config(shape)
+    life = run.new_life(allocation.job, allocation.restart)
+    events = Events(run, life)
+
+    def tell(event, **facts):
+        events.write(event, **facts)
+        if event != "progress":
+            log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
+    tell("start", job=allocation.job, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
+         born=process_birth(os.getpid()), python=sys.version.split()[0])
+    journal, code, why = Journal(run, life), DONE, ""
+    try:
+        code = asyncio.run(live(run, config, life, allocation, journal, tell))
+    except UserError as error:
+        code, why = error.exit_code, str(error)
+    except OSError as error:
+        code, why = CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}"
+    finally:
+        code, why = save(run, config, journal, code, why)
+        tell("end", code=code, why=why, done=journal.done, failed=journal.failed)
+    return code
+
+
+def process_birth(pid):
+    """A process's start time in clock ticks: with the pid it names one process for ever."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
+
+
+def save(run, config, journal, code, why):
+    """Flush the journal and write the results; what cannot be written changes the verdict."""
+    try:
+        journal.close()
+        folder = write_results(run, config)
+        write_file(run.summary, json.dumps({
+            "exit_code": code, "why": why, "answered": journal.done, "failed": journal.failed,
+            "completion_tokens": journal.tokens, "results": str(folder)}, indent=1) + "\n")
+    except OSError as error:
+        return CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py results`"
+    return code, why
+
+
+async def live(run, config, life, allocation, journal, tell):
+    """The story of a job: agents, engine, every prompt, and back."""
+    def told(event, **facts):
+        tell(event, **facts)
+        if event == "term":
+            orders.agent_termed.set()
+
+    orders = Orders(tell)
+    source = FolderSource(config, model_name(config), json.loads(run.prompts_file.read_text()))
+    finished = {row for (_, row, _), line in merged_lines(run).items() if line.endswith(OK_END)}
+    journal.done = len(finished)
+    rows = [row for row in share_of(range(len(source)), *allocation.share) if row not in finished]
+    pump = Pump([lambda row=row: source.prompt(row) for row in rows], journal, allocation.ends_at)
+    try:
+        async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(),
+                          lambda name: run.logs_of(life) / f"{name}-agent.log", told) as nodes:
+            tell("agents_up", nodes=len(nodes))
+            engine = ENGINES[config.engine.name](config, run, life, len(nodes))
+            async with replicas(engine, [nodes], told) as pairs, endpoint(run, config, pairs), progress(
+                    pump, journal, len(source), tell):
+                orders.pump = pump
+                await pump.run(pairs)
+                tell("answered", done=journal.done, failed=journal.failed)
+    except asyncio.CancelledError:
+        return orders.exit_code
+    except ClusterError:
+        if await orders.meant_to_end():
+            return orders.exit_code or WORK_LEFT
+        raise
+    if pump.draining and journal.done + journal.failed < len(source):
+        return WORK_LEFT
+    return SOME_FAILED if journal.failed else DONE
+
+
+def model_name(config):
+    return config.model.name or Path(config.model.path).name or config.engine.name
+
+
+def share_of(rows, number, count):
+    """One job's rows of an array's: neighbours stay together."""
+    return rows[len(rows) * number // count:len(rows) * (number + 1) // count]
+
+
+def agent_starter(run, allocation):
+    def command(name):
+        job = str(allocation.job or "")
+        return agent_command(sys.executable, run.script, name, job, allocation.gpus.get(name, ""), allocation.in_step)
+    return command
+
+
+def agent_environment():
+    return without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
+
+
+@contextlib.asynccontextmanager
+async def endpoint(run, config, pairs):
+    """endpoint.json tells other programs where the model answers, for as long as it does."""
+    async def publish():
+        for replica, start in pairs:
+            await asyncio.shield(start)
+            url = f"http://{replica.client.host}:{replica.client.port}/v1"
+            write_file(run.endpoint, json.dumps({
+                "url": url, "model": model_name(config), "key_file": str(run.key_file)}) + "\n", 0o600)
+            return
+    publishing = asyncio.ensure_future(publish())
+    try:
+        yield
+    finally:
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        with contextlib.suppress(OSError):
+            run.endpoint.unlink()
+
+
+@contextlib.asynccontextmanager
+async def progress(pump, journal, total, tell):
+    """A progress event whenever the counts changed: often at first, at most every 10 s later."""
+    began = clock()
+
+    async def report():
+        told = -1
+        while True:
+            if journal.done + journal.failed != told:
+                told = journal.done + journal.failed
+                tell("progress", done=journal.done, failed=journal.failed, total=total, tokens=journal.tokens,
+                     working_s=round(clock() - (pump.first_sent or clock()), 2))
+            await asyncio.sleep(min(10.0, max(0.2, (clock() - began) / 100)))
+    reporting = asyncio.ensure_future(report())
+    try:
+        yield
+    finally:
+        reporting.cancel()
+        tell("progress", done=journal.done, failed=journal.failed, total=total, tokens=journal.tokens,
+             working_s=round(clock() - (pump.first_sent or clock()), 2))
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 16 · Commands
+#
+# Owns the command line: what users type, what they read, and exit codes. The only place that
+# prints. Leaves every decision to the sections below it.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+def say(text=""):
+    print(text, flush=True)
+
+
+def on_terminal():
+    return sys.stdout.isatty()
+
+
+def colored(text, code):
+    return f"\033[{code}m{text}\033[0m" if on_terminal() and not os.environ.get("NO_COLOR") else text
+
+
+def say_table(header, rows):
+    """Aligned with a header on a terminal; lines of tab-separated fields, without one, in a pipe."""
+    rows = [[one_line(cell) for cell in row] for row in rows]
+    if not on_terminal():
+        for row in rows:
+            say("\t".join(row))
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for number, row in enumerate([header] + rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        say(colored(line, "1") if number == 0 else line)
+
+
+def say_json(value):
+    say(json.dumps(value, indent=1, default=str))
+
+
+class Prepared(NamedTuple):
+    """A config that was read, checked and planned, with the prompts as they stand now."""
+
+    config: Config
+    notes: List[str]
+    plan: Plan
+    prompts: Dict[str, Any]
+
+
+def prepare(config_path, overrides):
+    """Everything that can be known to be wrong before anything is made."""
+    config, notes = read_config(config_path, overrides)
+    time_limit_minutes(config)
+    plan = plan_nodes(config)
+    check_engine_path(config)
+    check_output(config)
+    prompts = freeze_prompts(config)
+    config = dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes))
+    return Prepared(config, notes, plan, prompts)
+
+
+def check_engine_path(config):
+    path = config.engine.path
+    if config.engine.name != "llama.cpp" or not path:
+        return
+    server = os.path.join(path, "llama-server") if os.path.isdir(path) else path
+    if not os.path.exists(server):
+        raise config.error("engine.path", "no llama-server there", "name the binary, or the folder it lies in")
+    if not os.access(server, os.X_OK):
+        raise config.error("engine.path", f"{server} is not executable", "chmod +x it")
+
+
+def check_output(config):
+    """Slurm before 23.02 lets a job fail unseen when the folder of its output is not there."""
+    if config.slurm.output:
+        folder = os.path.dirname(config.slurm.output)
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise config.error("slurm.output", f"{folder}: {os_reason(error)}", "name a folder that you may write to")
+
+
+def script_for(config, run, python=sys.executable):
+    """The job.sh of a run."""
+    output = config.slurm.output or str(run.logs / "slurm-%j.out").replace("%", "%%").replace("%%j", "%j")
+    return job_script(config, config.slurm.nodes, output, [run.script, "drive", run.folder], python)
+
+
+def make_run(prepared):
+    return create_run(prepared.config, prepared.prompts, lambda run: script_for(prepared.config, run))
+
+
+def describe(prepared):
+    """The plan in a few lines: what will run where, and how much memory it takes."""
+    config, plan = prepared.config, prepared.plan
+    lines = [f"{note}" for note in prepared.notes]
+    if plan.model:
+        lines.append(f"model     {plan.model.name}: {plan.model.architecture}, {plan.model.layers} layers, "
+                     f"{show_size(plan.model.size_bytes)}; {show_size(plan.kv_bytes)} more for "
+                     f"{config.engine.slots} prompts at a time with {config.engine.context} tokens each")
+        if config.engine.context > plan.model.context:
+            lines.append(f"note      the model was trained with {plan.model.context} tokens of context; more is not used")
+    lines.append(f"nodes     {plan.nodes} for up to {config.slurm.time}"
+                 + (f" in partition {config.slurm.partition}" if config.slurm.partition else "")
+                 + (f", {config.slurm.jobs} jobs" if config.slurm.jobs > 1 else ""))
+    lines.append(f"prompts   {len(prepared.prompts['files'])} in {config.prompts.user}")
+    return lines
+
+
+def command_init(args):
+    folder = Path(args.folder)
+    files = {"config.toml": example_toml(everything=False), "prompts/system.txt": EXAMPLE_SYSTEM, **{
+        f"prompts/user/{name}": text for name, text in EXAMPLE_PROMPTS.items()}}
+    taken = [name for name in files if (folder / name).exists()]
+    if taken:
+        raise UserError(str(folder / taken[0]), "is already there", "choose another folder: init FOLDER")
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
+        say(f"wrote {path}")
+    say("Next: name your model and llama-server in config.toml, then `python llmrun.py check`.")
+    return DONE
+
+
+def command_check(args):
+    prepared = prepare(args.config, args.set)
+    config, answers = prepared.config, {}
+    answers["script"] = job_script(config, config.slurm.nodes, config.slurm.output or "RUN/logs/slurm-%j.out",
+                                   ["RUN/llmrun.py", "drive", "RUN"], sys.executable)
+    if shutil.which("sbatch"):
+        slurm = Slurm(os.environ)
+        check_partition(config, slurm.partitions(), config.slurm.nodes)
+        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+            script.write(answers["script"].replace("RUN/logs/slurm-%j.out", "/dev/null"))
+            script.flush()
+            answers["slurm"] = re.sub(r"^sbatch: ", "", slurm.submit(config, script.name, "--test-only"))
+    answers["engine"] = preview_engine(config)
+    if args.json:
+        say_json({"plan": dataclasses.asdict(config), "notes": prepared.notes, **answers})
+        return DONE
+    for line in describe(prepared):
+        say(line)
+    for line in answers["engine"]:
+        say(f"starts    {line}")
+    say(f"slurm     {answers.get('slurm', 'sbatch is not on this machine; `run` works without it')}")
+    say()
+    say(textwrap.indent(answers["script"], "    "))
+    return DONE
+
+
+class PreviewNode(NamedTuple):
+    """Stands for a node that is not there yet."""
+
+    name: str
+
+    @property
+    def facts(self):
+        return self
+
+    def result(self):
+        return {"cpus": "CPUS"}
+
+
+def preview_engine(config):
+    """The engine's command lines as they will be, with words for what only the nodes know."""
+    engine = ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes)
+    known = {"server": os.path.join(config.engine.path, "llama-server") if os.path.isdir(config.engine.path)
+             else config.engine.path or "llama-server", "worker": "ggml-rpc-server", "flags": ["--fit", "--alias"]}
+    group = [Placed(PreviewNode(f"NODE{number + 1}"), known, f"ADDRESS{number + 1}", "PORT", ())
+             for number in range(config.slurm.nodes)]
+    return [f"{placed.node.name}: {' '.join(map(quote, process.argv))}" for placed, process in engine.processes(group)]
+
+
+def command_submit(args):
+    prepared = prepare(args.config, args.set)
+    config = prepared.config
+    if args.dry_run:
+        say(job_script(config, config.slurm.nodes, config.slurm.output or "RUN/logs/slurm-%j.out",
+                       ["RUN/llmrun.py", "drive", "RUN"], sys.executable))
+        return DONE
+    slurm = Slurm(os.environ)
+    check_partition(config, slurm.partitions(), config.slurm.nodes)
+    run = make_run(prepared)
+    try:
+        job = int(slurm.submit(config, run.job_script(), "--parsable"))
+        run.record_submit(job)
+    except BaseException:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+    if args.json:
+        say_json({"job": job, "run": str(run.folder)})
+    else:
+        for line in describe(prepared):
+            say(line)
+        say(f"submitted job {job}: {run.folder}")
+    if args.wait:
+        return follow(run, slurm, quiet=args.json)
+    if not args.json:
+        say("Next: `python llmrun.py status` shows how it goes, `results` the answers.")
+    return DONE
+
+
+def command_run(args):
+    """`bash job.sh` without sbatch: here, or in the allocation that this shell is in."""
+    prepared = prepare(args.config, args.set)
+    return run_here(prepared, args.json)
+
+
+def run_here(prepared, quiet):
+    run = make_run(prepared)
+    if not quiet:
+        for line in describe(prepared):
+            say(line)
+        say(f"run       {run.folder}")
+    with open(run.logs / "slurm-0.out", "ab") as output:
+        child = subprocess.Popen(["bash", str(run.job_script())], stdin=subprocess.DEVNULL, stdout=output,
+                                 stderr=subprocess.STDOUT)
+    for passed_on in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(passed_on, lambda number, frame: child.send_signal(number))
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # the terminal sends it to the driver itself
+    return follow(run, None, child, quiet)
+
+
+def command_drive(args):
+    """What job.sh runs: the driver of a run, or (by hand) of a config that has no run yet."""
+    if args.config:
+        run = make_run(prepare(args.config, args.set))
+        log(f"run {run.folder}")
+        job = os.environ.get("SLURM_JOB_ID")
+        if job:
+            run.record_submit(int(job))
+    else:
+        run = Run(args.run)
+    return drive(run, find_allocation(os.environ, run.config().slurm.nodes))
+
+
+def command_agent(args):
+    async def serve():
+        await Agent(os.environ.get("SLURMD_NODENAME") or args.name).serve()
+    asyncio.run(serve())
+    return DONE
+
+
+def command_echo(args):
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
+    asyncio.run(echo_server(args.host, args.port, args.key_file, args.delay))
+    return DONE
+
+
+PHASES = {"start": "starting", "agents_up": "starting the engine", "engine_started": "loading the model",
+          "ready": "answering", "answered": "tearing down", "stopping": "stopping"}
+VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAILED: "failed", WORK_LEFT: "stopped",
+            INTERRUPTED: "interrupted"}
+ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out of memory: raise [slurm] mem",
+           "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted", "BOOT_FAIL": "a node failed",
+           "DEADLINE": "its deadline passed"}
+
+
+def state_of(run, jobs, slurm):
+    """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
+    lives, submitted = run.lives(), run.submitted()
+    state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
+             "detail": "", "done": 0, "failed": 0, "total": len(json.loads(run.prompts_file.read_text())["files"]),
+             "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": []}
+    job = jobs.get(state["job"])
+    if not lives:
+        return dict(state, **state_before_start(run, state["job"], job))
+    events = run.events(lives[-1])
+    for event in events:
+        name = event["event"]
+        if name == "start":
+            state.update(nodes=event["nodes"], job=event["job"])
+        if name == "progress":
+            rate = event["tokens"] / event["working_s"] if event["working_s"] else 0
+            per_prompt = event["working_s"] / max(1, event["done"] + event["failed"])
+            state.update(done=event["done"], failed=event["failed"], tokens_per_s=round(rate, 1),
+                         left_s=round(per_prompt * (event["total"] - event["done"] - event["failed"])))
+        if name in PHASES:
+            state.update(state=PHASES[name], detail=event.get("why", ""))
+        if name == "engine_says" and state["state"] == "loading the model":
+            state["detail"] = event["line"]
+        if name == "end":
+            return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"], left_s=0,
+                        exit_code=event["code"], done=event["done"], failed=event["failed"])
+    return state if is_alive(events[0], job) else dict(state, **how_it_died(run, events[0], job, slurm))
+
+
+def state_before_start(run, job_id, job):
+    if job is None or job.state in ENDED_STATES:
+        said = log_tail(run.job_output(job_id))
+        why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
+        return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
+    if job.state == "PENDING":
+        start = f"; expected to start {time.strftime('%a %H:%M', time.localtime(int(job.start)))}" if job.start.isdigit() else ""
+        return {"state": "pending", "detail": PENDING_WORDS.get(job.reason, job.reason) + start}
+    return {"state": "starting", "detail": job.nodes}
+
+
+def is_alive(start, job):
+    """Whether the driver of a life still runs: seen from its own host, or by Slurm from any other."""
+    if start["host"] == socket.gethostname():
+        return start["born"] == process_birth(start["pid"])
+    return job is not None and job.state not in ENDED_STATES
+
+
+def how_it_died(run, start, job, slurm):
+    """A driver that ended without a word was killed; Slurm may know by what."""
+    why = ENDINGS.get(job.state, "") if job else ""
+    exit_code = re.search(r"\bExitCode=\d+:(\d+)", slurm.detail(start["job"])) if slurm and start["job"] else None
+    if not why and exit_code and exit_code.group(1) != "0":
+        why = f"by {signal.Signals(int(exit_code.group(1))).name}"
+    return {"state": "killed", "exit_code": CLUSTER_FAILED, "left_s": None,
+            "detail": f"the driver was killed{f' ({why})' if why else ''}; finished prompts are kept"}
+
+
+def follow(run, slurm, child=None, quiet=False):
+    """Wait for a run's end by its own files (and, every 15 s, squeue), telling what changes; its exit code."""
+    told, jobs, asked, seen = "", {}, -math.inf, None
+    while True:
+        if slurm and clock() - asked >= 15:
+            jobs, asked = slurm.jobs(run.submitted()), clock()
+        ended = child is not None and child.poll() is not None
+        state = state_of(run, jobs, slurm)
+        if ended and state["exit_code"] is None:
+            state = state_of(run, jobs, slurm)
+            said = log_tail(run.logs / "slurm-0.out")
+            state.update(state="failed", exit_code=CLUSTER_FAILED, detail=said[-1] if said else "it ended without a word")
+        line = state_line(state)
+        if not quiet and line != told:
+            told = line
+            if on_terminal():
+                sys.stdout.write("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
+                sys.stdout.flush()
+            elif (state["state"], state["done"] * 10 // max(1, state["total"])) != seen:
+                say(line)
+            seen = (state["state"], state["done"] * 10 // max(1, state["total"]))
+        if state["exit_code"] is not None and (child is None or ended):
+            if not quiet:
+                say("\n" * on_terminal() + verdict(run, state))
+            return state["exit_code"]
+        time.sleep(0.1 if child else 0.3)
+
+
+def state_line(state):
+    parts = [state["state"]]
+    if state["done"] or state["failed"]:
+        parts.append(f"{state['done']}/{state['total']} prompts")
+    if state["failed"]:
+        parts.append(f"{state['failed']} failed")
+    if state["tokens_per_s"]:
+        parts.append(f"{state['tokens_per_s']:.0f} tokens/s")
+    if state["left_s"]:
+        parts.append(f"about {show_duration(state['left_s'])} left")
+    return ", ".join(parts) + (f": {state['detail']}" if state["detail"] else "")
+
+
+def verdict(run, state):
+    folder = run.config().results.folder or run.results
+    if state["exit_code"] == DONE:
+        return f"All {state['done']} prompts are answered: {folder}"
+    if state["exit_code"] == SOME_FAILED:
+        return f"{state['done']} prompts are answered, {state['failed']} failed: {folder}/errors.jsonl says why"
+    return f"{state['state']}: {state['detail'] or 'work is left'} ({state['done']} of {state['total']} answered; " \
+           f"`python llmrun.py logs {run.name}` shows more)"
+
+
+def runs_folder(args):
+    """Where the runs lie: --runs, else the run_dir of the config.toml here, else runs/."""
+    if args.runs:
+        return args.runs
+    if os.path.isfile("config.toml"):
+        with contextlib.suppress(UserError):
+            return read_config("config.toml")[0].run_dir
+    return "runs"
+
+
+def find_run(args):
+    """The run that is meant: by folder, name, job id, or the newest."""
+    wanted = args.run
+    if wanted and os.path.isfile(os.path.join(wanted, "shapes", "0", "config.json")):
+        return Run(os.path.abspath(wanted))
+    runs = all_runs(runs_folder(args))
+    if not runs:
+        raise UserError(runs_folder(args), "there are no runs here", "start one with `submit`, or name the folder: --runs")
+    if not wanted:
+        return runs[-1]
+    fitting = [run for run in runs if run.name == wanted or run.config().name == wanted
+               or wanted.isdigit() and int(wanted) in run.submitted() + [life.job for life in run.lives()]]
+    if not fitting:
+        raise UserError(wanted, "no run of that name or job id", nearest(wanted, [run.name for run in runs])
+                        or "`status` lists the runs")
+    return fitting[-1]
+
+
+def query_slurm():
+    return Slurm(os.environ) if shutil.which("squeue") else None
+
+
+def command_status(args):
+    slurm = query_slurm()
+    runs = [find_run(args)] if args.run else all_runs(runs_folder(args))
+    jobs = slurm.jobs([job for run in runs for job in run.submitted()]) if slurm else {}
+    states = [state_of(run, jobs, slurm) for run in runs]
+    if args.json:
+        say_json(states[0] if args.run else states)
+    elif args.run:
+        for name in ("run", "folder", "job", "state", "detail"):
+            say(f"{name:9} {states[0][name] or '-'}")
+        say(f"{'nodes':9} {' '.join(states[0]['nodes']) or '-'}")
+        say(f"{'prompts':9} {state_line(dict(states[0], detail=''))} (of {states[0]['total']})")
+    elif not states:
+        say(f"No runs in {runs_folder(args)}; `submit` starts one.")
+    else:
+        say_table(["RUN", "JOB", "STATE", "DONE", "FAILED", "TOK/S", "LEFT", ""], [
+            [s["run"], str(s["job"] or "-"), s["state"], f"{s['done']}/{s['total']}", str(s["failed"]),
+             f"{s['tokens_per_s']:.0f}", show_duration(s["left_s"]) if s["left_s"] else "-", s["detail"]] for s in states])
+    return DONE
+
+
+def command_logs(args):
+    run = find_run(args)
+    files = sorted(run.logs.glob("*/*.log")) + sorted(run.logs.glob("slurm-*.out"))
+    files += [Path(run.job_output(job)) for job in run.submitted() if run.config().slurm.output]
+    chosen = [path for path in files if path.is_file() and (args.process or "slurm-") in path.name]
+    if args.process and not chosen:
+        names = sorted({path.stem for path in files})
+        raise UserError(run.name, f"no log of {args.process}", "there are " + ", ".join(names) if names else "it has none yet")
+    if not args.process:
+        chosen = chosen[-1:] or [path for path in files if path.is_file()][-1:]
+        for path in files:
+            say(colored(str(path), "2"))
+    for path in chosen:
+        if len(chosen) > 1:
+            say(colored(f"── {path}", "1"))
+        show_log(path, args.follow and path is chosen[-1], run)
+    return DONE
+
+
+def show_log(path, keep_on, run):
+    with open(path, errors="replace") as lines:
+        while True:
+            text = lines.read()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            if not text and (not keep_on or state_of(run, {}, None)["exit_code"] is not None):
+                return
+            time.sleep(0.3 if keep_on else 0)
+
+
+def command_cancel(args):
+    run, slurm = find_run(args), query_slurm()
+    jobs = slurm.jobs(run.submitted()) if slurm else {}
+    live_jobs = [job for job, row in jobs.items() if row.state not in ENDED_STATES]
+    for job in live_jobs:
+        slurm.cancel(job)
+        say(f"cancelled job {job}")
+    starts = [run.events(life)[0] for life in run.lives()[-1:] if run.events(life)]
+    for start in starts:
+        if not start["job"] and is_alive(start, None):
+            os.kill(start["pid"], signal.SIGTERM)
+            say(f"stopped the driver of {run.name}")
+            return DONE
+    if not live_jobs:
+        say(f"{run.name} is not running")
+    return DONE
+
+
+def command_results(args):
+    run = find_run(args)
+    config = run.config()
+    folder = write_results(run, config)
+    records = [json.loads(line) for _, line in sorted(merged_lines(run).items())]
+    if args.failed:
+        records = [record for record in records if not record["llmrun"]["ok"]]
+    if args.format == "jsonl" or args.json:
+        for record in records:
+            say(json.dumps(record, ensure_ascii=False))
+        return DONE
+    rows = []
+    for record in records:
+        body = (record["response"] or {}).get("body") or {}
+        text = answer_text(body) if record["llmrun"]["ok"] else f"({failure_text(record)})"
+        tokens = (body.get("usage") or {}).get("completion_tokens", 0)
+        rows.append([record["custom_id"], str(tokens), f"{record['llmrun']['time_s']:.1f}s", text[:200]])
+    if args.format == "text":
+        for record, row in zip(records, rows):
+            say(colored(f"── {record['custom_id']}", "1"))
+            say(answer_text((record["response"] or {}).get("body") or {}) if record["llmrun"]["ok"] else row[3])
+    else:
+        say_table(["PROMPT", "TOKENS", "TIME", "ANSWER"], [row[:3] + [row[3][:70]] for row in rows] if on_terminal() else rows)
+    if on_terminal():
+        say(f"{len(rows)} shown; the files are in {folder}")
+    return DONE
+
+
+def failure_text(record):
+    error = record["error"] or (record["response"]["body"] or {}).get("error") or {}
+    return error.get("message", str(error)) if isinstance(error, dict) else str(error)
+
+
+def command_demo(args):
+    """The whole path with the built-in echo engine, from this file alone."""
+    folder = Path("llmrun-demo")
+    (folder / "prompts").mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(DEMO_PROMPTS, 1):
+        write_file(folder / "prompts" / f"{number:02d}.txt", text + "\n")
+    write_file(folder / "config.json", json.dumps(DEMO_CONFIG, indent=1))
+    say("Three nodes, the echo engine (it only repeats), and a few prompts:")
+    say()
+    prepared = prepare(folder / "config.json", [])
+    if args.submit:
+        code = command_submit(argparse.Namespace(config=folder / "config.json", set=[], dry_run=False, json=False, wait=True))
+    else:
+        code = run_here(prepared, quiet=False)
+    if code == DONE:
+        say()
+        command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False))
+        say()
+        say("Next: `python llmrun.py init` writes a config for a real model.")
+    return code
+
+
+def command_help(args):
+    topic = args.topic or "start"
+    table, _, name = topic.partition(" ")
+    if table == "config":
+        say(example_toml())
+    elif table in HELP:
+        say(HELP[table])
+    else:
+        known = ["config"] + sorted(HELP)
+        raise UserError(f"help {topic}", "no such topic", nearest(topic, known) or "there are " + ", ".join(known))
+    return DONE
+
+
+def command_help_table():
+    """(name, function, one line of help, arguments) of every command, in the order users meet them."""
+    run = [("run", {"nargs": "?", "default": "", "help": "its folder, name or job id; the newest if left out"}),
+           ("--runs", {"default": "", "metavar": "FOLDER", "help": "where the runs lie (default: run_dir of ./config.toml)"})]
+    config = [("config", {"nargs": "?", "default": "config.toml", "help": "the config file (default: config.toml)"}),
+              ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "override a key: slurm.nodes=3"})]
+    as_json = [("--json", {"action": "store_true", "help": "print JSON, for programs"})]
+    return [
+        ("demo", command_demo, "see it work here, without Slurm or a model",
+         [("--submit", {"action": "store_true", "help": "through sbatch instead of here"})]),
+        ("init", command_init, "write config.toml and example prompts",
+         [("folder", {"nargs": "?", "default": ".", "help": "where (default: here)"})]),
+        ("check", command_check, "validate and plan; show what would run; change nothing", config + as_json),
+        ("submit", command_submit, "submit a run to Slurm", config + as_json + [
+            ("--dry-run", {"action": "store_true", "help": "print the batch script and stop"}),
+            ("--wait", {"action": "store_true", "help": "follow the run; exit with its code"})]),
+        ("run", command_run, "run here: this machine, or the allocation this shell is in", config + as_json),
+        ("status", command_status, "how runs stand: all, or one", run + as_json),
+        ("logs", command_logs, "a run's logs", run + [
+            ("process", {"nargs": "?", "default": "", "help": "part of a log's name, as in llama-server"}),
+            ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"})]),
+        ("cancel", command_cancel, "stop a run; finished prompts are kept", run),
+        ("results", command_results, "the answers so far", run + as_json + [
+            ("--format", {"choices": ["table", "text", "jsonl"], "default": "table", "help": "table, text or jsonl"}),
+            ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
+        ("help", command_help, "more on a topic: config, files, codes, engines",
+         [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
+        ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}), config[1]]),
+        ("agent", command_agent, "", [("name", {})]),
+        ("echo", command_echo, "", [("host", {}), ("port", {"type": int}), ("key_file", {}),
+                                    ("--delay", {"type": float, "default": 0.0})])]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as every other error."""
+
+    def error(self, message):
+        match = re.search(r"invalid choice: '([^']*)'", message)
+        names = [row[0] for row in command_help_table() if row[2]]
+        if match and match.group(1) not in ("table", "text", "jsonl"):
+            raise UserError(f"llmrun.py {match.group(1)}", "no such command",
+                            nearest(match.group(1), names) or "there are " + ", ".join(names))
+        raise UserError(self.prog, message, f"`{self.prog} --help` shows what it takes")
+
+
+def make_parser():
+    parser = Parser(prog="llmrun.py", description="Run a language model on a Slurm cluster, from one file.",
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"llmrun {VERSION}, Python {sys.version.split()[0]}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name, function, summary, arguments in command_help_table():
+        sub = commands.add_parser(name, **({"help": summary, "description": summary} if summary else {}))
+        sub.set_defaults(function=function)
+        for argument, options in arguments:
+            sub.add_argument(argument, **options)
+    return parser
+
+
+def main(argv=None):
+    """Run one command; errors become one line, and the exit code says of which kind they are."""
+    try:
+        args = make_parser().parse_args(argv)
+        if not args.command:
+            say(where_am_i())
+            say(HELP["start"])
+            return DONE
+        return args.function(args)
+    except UserError as error:
+        sys.stderr.write(f"llmrun: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as `head` does
+        return DONE
+    except OSError as error:
+        sys.stderr.write(f"llmrun: {error.filename or 'this machine'}: {os_reason(error)}\n")
+        return CLUSTER_FAILED
+
+
+def where_am_i():
+    """One line on where this was started, for who is not sure."""
+    return {"login": "This is no Slurm job; `submit` starts one.",
+            "allocation": "This shell holds a Slurm allocation; `run` uses its nodes.",
+            "shell": "This is an interactive step of a Slurm job; `run` uses its nodes.",
+            "batch": "This is the batch script of a Slurm job; `run` uses its nodes.",
+            "task": "This is a task of a Slurm job; start llmrun once, in the batch script.",
+            "job": "This runs inside a Slurm job; `run` uses its nodes."}[role_of(os.environ, os.getpid())]
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 17 · Assets
+#
+# Owns the constant texts: help topics, example prompts, the demo. Uses nothing.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+EXAMPLE_SYSTEM = "You are a careful assistant. Answer in a few sentences.\n"
+EXAMPLE_PROMPTS = {"tides.txt": "Why are there two high tides a day?\n",
+                   "bread.txt": "What does the salt in bread dough do?\n"}
+DEMO_PROMPTS = [
+    "Why is the sky blue?", "What does the salt in bread dough do?", "Why are there two high tides a day?",
+    "How does a compass know north?", "Why do leaves turn red?", "What makes a violin sound warm?",
+    "How do bees find their way home?", "Why does ice float?", "What is a prime number good for?",
+    "How old is the light of the stars?", "Why do cats purr?", "How does a seed know which way is up?"]
+DEMO_CONFIG = {"name": "demo", "slurm": {"nodes": 3, "time": "00:05:00"},
+               "engine": {"name": "echo", "slots": 2, "args": ["--delay", "0.4"]}, "prompts": {"user": "prompts"}}
+
+HELP = {
+    "start": """\
+From a model file to answers, on the login node of a Slurm cluster:
+
+  python llmrun.py init                 writes config.toml and example prompts
+  (edit three lines of config.toml: the model, llama-server, the partition)
+  python llmrun.py check                validates, plans, shows what would run
+  python llmrun.py submit config.toml   starts it
+  python llmrun.py status               how it goes
+  python llmrun.py results              the answers
+
+`python llmrun.py demo` shows all of it on this machine, without Slurm or a model.
+More: `help config`, `help files`, `help codes`, `help engines`; `COMMAND --help`.""",
+    "files": """\
+A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in there:
+
+  results/           the answers, one file for each prompt; errors.jsonl: the prompts that failed
+  summary.json       the counts
+  logs/              slurm-JOB.out: the driver; JOB.LIFE/NODE-PROCESS.log: everything else
+  journal/           every finished prompt, as it came (OpenAI Batch format); `results` reads it
+  events/            what happened, one line a change; `status` reads them
+  key                the secret that the engine asks for; only you can read it
+  endpoint.json      where the model answers, while it does
+  shapes/0/          the config as it was understood, and the batch script
+  llmrun.py          the program as it was when you submitted
+
+Delete the folder and nothing of the run is left.""",
+    "codes": """\
+Exit codes, of every command and of the Slurm job:
+
+  0    all done
+  1    finished, but some prompts failed (results/errors.jsonl says why)
+  2    something in the input is wrong: the message says what and where
+  3    the engine or the cluster failed
+  4    stopped with work left; what is finished is kept
+  130  interrupted""",
+    "engines": """\
+[engine] name = "llama.cpp"
+  llama-server on the first node. With more nodes, an RPC worker (ggml-rpc-server or rpc-server,
+  beside llama-server) runs on each of the others and lends its GPU to the first: this is how a model
+  that is too large for one GPU runs on several small ones. The build needs -DGGML_RPC=ON.
+  The RPC workers of llama.cpp know no password: they listen on one address of their node, and
+  everybody who can reach that address could use them while the job runs.
+
+[engine] name = "echo"
+  No model: it repeats the prompt. To try out a config, or llmrun itself."""}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
