@@ -216,6 +216,20 @@ async def wait_until(what, condition, timeout_s, mend="", poll_s=0.05):
         await asyncio.sleep(poll_s)
 
 
+async def within(timeout_s, work):
+    """The outcome of some work, or asyncio.TimeoutError once the time is over; the work is ended either way.
+
+    Not asyncio.wait_for: before Python 3.12 it loses a cancellation that comes as the work ends."""
+    work = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([work], timeout=timeout_s)
+        if not work.done():
+            raise asyncio.TimeoutError
+        return work.result()
+    finally:
+        work.cancel()
+
+
 async def first_failure(*tasks):
     """Run tasks together; when one fails, end the others and raise its error."""
     tasks = [asyncio.ensure_future(task) for task in tasks]
@@ -786,7 +800,7 @@ class GgufHeader:
 
     def end_of_weights(self):
         """Where the last tensor ends: a file that is shorter was cut."""
-        end = 0
+        end = 0 if self.tensors else self.at
         for _ in range(self.tensors):
             self.string()
             dimensions, = self.take("I")
@@ -795,7 +809,7 @@ class GgufHeader:
             block, size = GGUF_BLOCKS.get(kind, (1, 0))
             end = max(end, offset + elements // block * size)
         alignment = self.keys.get("general.alignment", 32)
-        return -(-self.at // alignment) * alignment + end
+        return -(-self.at // alignment) * alignment + end if self.tensors else end
 
 
 def read_gguf(path):
@@ -1430,6 +1444,10 @@ class WireError(Exception):
     """The peer cannot be reached, fell silent, broke off, or does not speak HTTP."""
 
 
+class Unreachable(WireError):
+    """There is no connection: nothing was asked."""
+
+
 class Message(NamedTuple):
     """A whole HTTP request or response."""
 
@@ -1550,7 +1568,8 @@ class MessageReader:
 class Connection(asyncio.Protocol):
     """One connection of a client; it carries one request at a time."""
 
-    def __init__(self):
+    def __init__(self, siblings):
+        self.siblings = siblings
         self.reader = MessageReader(response=True)
         self.transport = self.answer = None
         self.heard = False
@@ -1558,6 +1577,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport):
         self.transport = transport
+        self.siblings.add(self)
 
     def send(self, request, deadline):
         """A future of the answer."""
@@ -1598,6 +1618,7 @@ class Connection(asyncio.Protocol):
             self.finish(message)
 
     def connection_lost(self, error):
+        self.siblings.discard(self)
         self.fail(WireError(f"the connection broke: {error or 'closed by the server'}"))
 
     @property
@@ -1636,9 +1657,6 @@ class Client:
             except asyncio.CancelledError:
                 connection.transport.abort()
                 raise
-            finally:
-                if not connection.usable:
-                    self.all.discard(connection)
             if connection.usable:
                 self.idle.append(connection)
             return message
@@ -1648,17 +1666,15 @@ class Client:
             connection = self.idle.pop()
             if connection.usable:
                 return connection
-            self.all.discard(connection)
         return None
 
     async def connect(self):
         loop = asyncio.get_running_loop()
+        opening = loop.create_connection(lambda: Connection(self.all), self.host, self.port)
         try:
-            _, connection = await asyncio.wait_for(
-                loop.create_connection(Connection, self.host, self.port), CONNECT_TIMEOUT_S)
+            _, connection = await within(CONNECT_TIMEOUT_S, opening)
         except (OSError, asyncio.TimeoutError) as error:
-            raise WireError(f"cannot connect to {self.host} port {self.port}: {error or 'no answer'}")
-        self.all.add(connection)
+            raise Unreachable(f"cannot connect to {self.host} port {self.port}: {error or 'no answer'}")
         if self.sweeping is None:
             self.sweeping = loop.call_later(1.0, self.sweep)
         return connection
@@ -1675,7 +1691,7 @@ class Client:
         """Close every connection at once; requests under way end with a WireError."""
         for connection in self.all:
             connection.transport.abort()
-        self.all, self.idle = set(), []
+        self.idle = []
         if self.sweeping:
             self.sweeping.cancel()
             self.sweeping = None
@@ -1930,7 +1946,7 @@ class Agent:
         with tempfile.TemporaryFile() as output:
             process, done = self.launch(argv, env, output)
             try:
-                code = await asyncio.wait_for(asyncio.shield(done), timeout_s)
+                code = await within(timeout_s, asyncio.shield(done))
             except asyncio.TimeoutError:
                 kill_group(process.pid, signal.SIGKILL)
                 code = await done
@@ -1975,7 +1991,7 @@ class Agent:
         for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             kill_group(started.pid, sent)
             with contextlib.suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(asyncio.shield(done), process.grace_s / 2)
+                return await within(process.grace_s / 2, asyncio.shield(done))
         return await done
 
     async def order_probe(self, ports, nonce, interface, tried=()):
@@ -2155,7 +2171,7 @@ class Node:
         """Let the agent end, and go on without it if it does not."""
         self.write({"id": next(self.numbers), "do": "end"})
         try:
-            await asyncio.wait_for(self.channel.wait(), 5)
+            await within(5, self.channel.wait())
         except asyncio.TimeoutError:
             self.channel.kill()
             await self.channel.wait()
@@ -2920,6 +2936,9 @@ class Pump:
         except asyncio.CancelledError:
             self.put_back(prompt, attempts)  # its replica failed, or the run is stopping: it was not answered
             raise
+        except Unreachable:
+            self.put_back(prompt, attempts)  # nothing was asked: the engine may be about to end, or overrun
+            return await asyncio.sleep(0.05)
         except WireError as broken:
             status, body, error = 0, b"", {"code": "connection", "message": str(broken)}
         attempts += 1
@@ -3044,7 +3063,7 @@ class Orders:
     async def meant_to_end(self):
         """Whether Slurm is ending the job: its TERM may reach an engine a moment before it reaches us."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.agent_termed.wait(), 0.5)
+            await within(0.5, self.agent_termed.wait())
         return self.agent_termed.is_set() or self.exit_code is not None
 
 

@@ -1,0 +1,34 @@
+# What a checkout can do; each target sets up what it needs. PYTHON chooses the interpreter (3.9 or newer).
+PYTHON ?= python3
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-real lint bench sbatch clean
+
+demo: $(VENV)/ready  ## the whole path through a fake Slurm's sbatch, in seconds
+	@$(RUN) tests/demo.py
+
+test: $(VENV)/ready  ## everything against fakes: no root, no Slurm, no network
+	$(RUN) -m pytest -q -n 2 --ignore=tests/real --ignore=tests/bench tests
+
+test-real: $(VENV)/ready  ## the same scenarios on a real Slurm and a real llama.cpp (root on Debian)
+	bash tests/real/setup.sh
+	LLMRUN_BENCH=real $(RUN) -m pytest -q -rs tests/real tests/test_scenarios.py
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) tests/test_house.py
+
+bench: $(VENV)/ready  ## ratios against named alternatives, in one run
+	$(RUN) tests/bench/all.py
+
+sbatch: $(VENV)/ready  ## write sbatch/ and config.example.toml anew
+	$(RUN) tests/examples.py
+
+$(VENV)/ready: tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r tests/requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv-* runs llmrun-demo .pytest_cache .ruff_cache

@@ -1,0 +1,164 @@
+"""The bench of the scenarios: a cluster, an engine and a model, fake or (LLMRUN_BENCH=real) real, and a user
+who works there with nothing but llmrun.py in a folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+SCRIPT = TESTS.parent / "llmrun.py"
+REAL = os.environ.get("LLMRUN_BENCH") == "real"
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+TINY_MODEL = "tiny.gguf"
+
+
+def wait_for(what, condition, timeout_s=30):
+    """The value of a condition once it holds."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"waited {timeout_s} s for {what}")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cluster")
+    if REAL:
+        from real.cluster import RealCluster as Cluster
+    else:
+        from fake_slurm.cluster import FakeCluster as Cluster
+    with Cluster(folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """A folder with llama-server and its RPC worker, and a model beside them."""
+    folder = tmp_path_factory.mktemp("engine")
+    if REAL:
+        from real.llama import llama_build
+        from real.tiny_model import write_tiny_model
+        write_tiny_model(folder / TINY_MODEL)
+        return Path(llama_build()), folder / TINY_MODEL
+    from fakes.build import make_build, make_model
+    make_build(folder / "bin")
+    make_model(folder / TINY_MODEL)
+    return folder / "bin", folder / TINY_MODEL
+
+
+class Site:
+    """A user's folder on a cluster: llmrun.py, a config, prompts."""
+
+    def __init__(self, folder, cluster, engine):
+        self.folder, self.cluster = folder, cluster
+        self.bin, self.model = engine
+        self.env = dict(os.environ, **cluster.env)
+        shutil.copy(SCRIPT, folder)
+        self.data = {
+            "name": "test", "slurm": {"nodes": 1, "time": "00:10:00"}, "model": {"path": str(self.model)},
+            "engine": {"path": str(self.bin), "slots": 2, "context": 1024},
+            "prompts": {"user": "prompts", "max_tokens": 16}, "environment": {"vars": {}}}
+        self.write_prompts(6)
+
+    def write_prompts(self, count):
+        folder = self.folder / "prompts"
+        shutil.rmtree(folder, ignore_errors=True)
+        for number in range(count):
+            path = folder / f"part{number % 3}" / f"{number:03d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"Question {number}: what comes after {number}?\n")
+
+    def config(self, **tables):
+        """Write config.json: the basic one with these tables' keys put in."""
+        for table, keys in tables.items():
+            if isinstance(keys, dict):
+                self.data.setdefault(table, {}).update(keys)
+            else:
+                self.data[table] = keys
+        path = self.folder / "config.json"
+        path.write_text(json.dumps(self.data))
+        return path
+
+    def slow(self):
+        """Make every answer take a few seconds in all, so that there is a middle to do something in."""
+        self.write_prompts(40)
+        self.config(prompts={"max_tokens": 400}, environment={"vars": {"FAKE_LLAMA_TOKENS_PER_S": "20"}})
+
+    def llmrun(self, *args, code=0, python=sys.executable, env=None, timeout=120):
+        """Run a command as the user does; its output."""
+        done = subprocess.run([python, "llmrun.py", *map(str, args)], cwd=self.folder, env=env or self.env, text=True,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
+        self.output = done.stdout + done.stderr
+        assert "Traceback" not in self.output, self.output
+        assert done.returncode == code, f"{args}: exit code {done.returncode}\n{self.output}\n{self.job_output()}"
+        return done.stdout if code == 0 else self.output
+
+    def start(self, *args):
+        return subprocess.Popen([sys.executable, "llmrun.py", *args], cwd=self.folder, env=self.env, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def job_output(self):
+        runs = self.runs()
+        return "\n".join(path.read_text() for path in runs[-1].glob("logs/slurm-*")) if runs else ""
+
+    def runs(self):
+        return sorted(self.folder.glob("runs/*"), key=lambda path: path.stat().st_mtime)
+
+    @property
+    def run(self):
+        return self.runs()[-1]
+
+    def status(self):
+        return json.loads(self.llmrun("status", self.run, "--json"))
+
+    def results(self):
+        """{prompt's path: answer's text} as it stands in the results folder."""
+        folder = self.run / "results"
+        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
+
+    def journal(self):
+        return [json.loads(line) for path in self.run.glob("journal/*.jsonl") for line in path.read_text().splitlines()]
+
+    def events(self):
+        paths = sorted(self.run.glob("events/*.jsonl"))
+        return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+    def wait_for_event(self, name):
+        def seen():
+            return next((e for e in (self.events() if self.runs() else []) if e["event"] == name), None)
+        return wait_for(f"the event {name}", seen)
+
+    def processes(self):
+        """(pid, argv) of everything of this user's jobs that lives on any node."""
+        return [(pid, argv) for pid, _, argv in self.cluster.processes()]
+
+    def process(self, *words):
+        """The pid of the one process whose command line has these words."""
+        def found():
+            return [pid for pid, argv in self.processes() if all(word in " ".join(argv) for word in words)
+                    and "srun" not in argv[0]]
+        return wait_for(f"a process with {words}", found)[0]
+
+    def assert_nothing_left(self, timeout_s=5):
+        wait_for(f"no process to be left, of {self.processes()}", lambda: not self.processes(), timeout_s)
+
+
+@pytest.fixture
+def site(tmp_path, cluster, engine):
+    site = Site(tmp_path, cluster, engine)
+    site.config()
+    yield site
+    for run in site.runs():
+        for submitted in run.glob("events/*.submit.json"):
+            subprocess.run(["scancel", submitted.name.split(".")[0]], env=site.env)
+    site.assert_nothing_left(20)

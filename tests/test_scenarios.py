@@ -1,0 +1,256 @@
+"""What users do with a run from its submit to its end, on a fake Slurm or (LLMRUN_BENCH=real) a real one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REAL, wait_for
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def test_every_prompt_is_answered_over_three_nodes(site):
+    site.write_prompts(24)
+    site.config(slurm={"nodes": 3})
+    site.llmrun("submit", "config.json", "--wait", "--set", "engine.slots=4")
+    assert len(site.results()) == 24 and all(site.results().values())
+    assert "part0/000.txt" in site.results()
+    lines = site.journal()
+    assert {line["custom_id"] for line in lines} == set(site.results())
+    for line in lines:
+        assert line["error"] is None and line["response"]["status_code"] == 200
+        assert line["response"]["body"]["usage"]["completion_tokens"] <= 16
+        assert line["llmrun"]["attempts"] == 1 and line["llmrun"]["time_s"] > 0
+    command = site.wait_for_event("engine_started")["command"]
+    assert command.count("127.0.0.1:") == 2, "both RPC workers are named to the server"
+    assert site.status()["state"] == "done"
+    site.assert_nothing_left()
+
+
+def test_one_node_runs_without_rpc(site):
+    site.llmrun("submit", "config.json", "--wait")
+    assert len(site.results()) == 6
+    assert "--rpc" not in site.wait_for_event("engine_started")["command"]
+
+
+def test_the_system_prompt_and_params_reach_the_engine(site):
+    (site.folder / "system.txt").write_text("Be brief.")
+    site.config(prompts={"system": "system.txt", "params": {"seed": 7, "max_tokens": 3, "temperature": 0}})
+    site.llmrun("submit", "config.json", "--wait")
+    assert all(line["response"]["body"]["usage"]["completion_tokens"] <= 3 for line in site.journal())
+
+
+def test_cancel_in_the_middle_leaves_the_finished_prompts_and_no_process(site):
+    site.slow()
+    site.config(slurm={"nodes": 3})
+    site.llmrun("submit", "config.json")
+    wait_for("a few answers", lambda: len(site.journal()) >= 3)
+    job = site.status()["job"]
+    subprocess.run(["scancel", str(job)], env=site.env, check=True)
+    site.assert_nothing_left(5)
+    finished = len(site.journal())
+    assert 3 <= finished < 40
+    state = site.status()
+    assert state["state"] in ("stopped", "killed") and state["exit_code"] in (3, 4), state
+    site.llmrun("results")
+    assert len(site.results()) == finished
+
+
+def test_a_killed_driver_is_noticed_and_named(site):
+    site.slow()
+    site.config(slurm={"nodes": 2})
+    waiting = site.start("submit", "config.json", "--wait")
+    wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= 2)
+    os.kill(site.process("drive"), signal.SIGKILL)
+    site.assert_nothing_left(10)
+    output, _ = waiting.communicate(timeout=40)
+    assert waiting.returncode == 3, output
+    assert "killed" in output
+    state = site.status()
+    assert state["state"] == "killed" and "driver was killed" in state["detail"]
+
+
+@pytest.mark.parametrize("victim, words", [
+    ("llama-server", "llama-server on node1 was killed by SIGKILL"),
+    ("-H", "rpc on node2 was killed by SIGKILL"),
+    ("agent", "node2"),
+])
+def test_the_driver_explains_what_died_under_it(site, victim, words):
+    site.slow()
+    site.config(slurm={"nodes": 2})
+    waiting = site.start("submit", "config.json", "--wait")
+    wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= 2)
+    os.kill(site.process(victim, "node2" if victim == "agent" else ""), signal.SIGKILL)
+    output, _ = waiting.communicate(timeout=40)
+    assert waiting.returncode == 3, output
+    detail = site.status()["detail"]
+    assert words.split(" ")[0] in detail and words.split(" ")[-1] in detail, detail
+    site.assert_nothing_left(5)
+
+
+def test_a_new_user_gets_from_the_one_file_to_answers(site):
+    for path in list(site.folder.iterdir()):
+        if path.name != "llmrun.py":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    site.llmrun("init")
+    text = (site.folder / "config.toml").read_text()
+    text = text.replace("~/models/model.gguf", str(site.model)).replace("~/llama.cpp/build/bin", str(site.bin))
+    (site.folder / "config.toml").write_text(text.replace("my-run", "first"))
+    assert "nodes     1" in site.llmrun("check")
+    site.llmrun("submit", "config.toml", "--wait")
+    assert "done" in site.llmrun("status")
+    shown = site.llmrun("results")
+    assert "bread.txt" in shown and "tides.txt" in shown
+
+
+def test_salloc_and_run_use_the_allocation(site):
+    site.config(slurm={"nodes": 2})
+    done = subprocess.run(["salloc", "-N2", "--time=5", sys.executable, "llmrun.py", "run", "config.json"], cwd=site.folder,
+                          env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0, done.stdout + site.job_output()
+    assert len(site.results()) == 6
+    assert site.events()[0]["nodes"] == ["node1", "node2"]
+
+
+def test_run_inside_an_interactive_step_uses_the_allocation(site):
+    site.config(slurm={"nodes": 2})
+    done = subprocess.run(["srun", "-N2", "-n1", "--time=5", sys.executable, "llmrun.py", "run", "config.json"],
+                          cwd=site.folder, env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0, done.stdout + site.job_output()
+    assert len(site.results()) == 6
+
+
+def test_a_submit_from_inside_a_job_is_a_job_of_its_own(site):
+    site.config(slurm={"nodes": 2})
+    script = site.folder / "outer.sh"
+    script.write_text(f"#!/bin/bash\ncd {site.folder}\nsrun -n1 {sys.executable} llmrun.py submit config.json --wait\n")
+    subprocess.run(["sbatch", "--wait", "-N1", "--mem=100", "-o", str(site.folder / "outer.out"), str(script)],
+                   env=site.env, check=True, timeout=90)
+    assert len(site.results()) == 6, (site.folder / "outer.out").read_text()
+    assert site.status()["state"] == "done"
+
+
+def test_a_rendered_script_can_be_submitted_by_hand(site):
+    site.config(slurm={"nodes": 3})
+    shutil.copy(os.path.join(ROOT, "sbatch", "rpc-three-nodes.sh"), site.folder / "job.sh")
+    text = (site.folder / "job.sh").read_text().replace("config.toml", "config.json").replace("--gpus-per-node=1", "--comment=x")
+    (site.folder / "job.sh").write_text(text.replace("--cpus-per-task=8", "--cpus-per-task=1"))
+    env = dict(site.env, LLMRUN_PYTHON=sys.executable)
+    done = subprocess.run(["sbatch", "--parsable", "--wait", "job.sh"], cwd=site.folder, env=env, text=True,
+                          stdout=subprocess.PIPE, timeout=90)
+    output = (site.folder / f"slurm-{done.stdout.strip()}.out").read_text()
+    assert done.returncode == 0, output
+    assert len(site.results()) == 6
+    assert site.status()["job"] == int(done.stdout)
+
+
+def test_an_array_shares_the_prompts(site):
+    site.write_prompts(10)
+    site.config(slurm={"jobs": 3})
+    site.llmrun("submit", "config.json")
+    wait_for("all three tasks to end", lambda: sum(e["event"] == "end" for e in site.events()) == 3, 60)
+    site.llmrun("results")
+    assert len(site.results()) == 10
+    assert len(site.journal()) == 10, "no prompt was asked by two tasks"
+
+
+def test_two_submits_in_the_same_second_both_succeed(site):
+    both = [site.start("submit", "config.json", "--wait") for _ in range(2)]
+    for one in both:
+        output, _ = one.communicate(timeout=60)
+        assert one.returncode == 0, output
+    assert len(site.runs()) == 2
+    assert all(len(list(run.glob("results/*/*.txt"))) == 6 for run in site.runs())
+
+
+def test_the_old_flat_config_runs_unchanged(site):
+    (site.folder / "server.txt").write_text("You are terse.")
+    script = site.folder / "old.sbatch"
+    script.write_text("#!/bin/bash\n#SBATCH --comment=kept\n#SBATCH --job-name=overridden\nsleep 5\nllama-server\n")
+    ports = [free_port() for _ in range(2)]
+    flat = {"job_name": "old", "output_log": "out/log_%j.txt", "result_dir": "answers", "dir_llama_script": str(site.bin),
+            "model": str(site.model), "port_rpc": ports[0], "port_server": str(ports[1]), "prompt_server": "server.txt",
+            "prompts_user_dir": "prompts", "nodes": 2, "ntasks": 2, "time": "00:05:00", "sbatch_script": "old.sbatch",
+            "venv_dir": os.path.dirname(os.path.dirname(sys.executable))}
+    (site.folder / "config.json").write_text(json.dumps(flat))
+    said = site.llmrun("submit", "config.json", "--wait")
+    assert "#SBATCH lines are kept" in said
+    answers = list((site.folder / "answers").glob("result_??-??-????_??-??-??/result_*.txt"))
+    assert sorted(path.name for path in answers) == [f"result_{n:03d}.txt" for n in range(6)]
+    command = site.wait_for_event("engine_started")["command"]
+    assert f"--port {ports[1]}" in command and f":{ports[0]}" in command
+    assert "-c 32768 -np 4" in command, "8,192 tokens for each slot"
+    job = site.status()["job"]
+    assert (site.folder / "out" / f"log_{job}.txt").exists()
+    assert "#SBATCH --comment=kept" in (site.run / "shapes" / "0" / "job.sh").read_text()
+
+
+def free_port():
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_taken_port_is_named_in_status_and_log(site):
+    import socket
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        site.config(engine={"port": port})
+        said = site.llmrun("submit", "config.json", "--wait", code=3)
+    assert f"port {port} is in use" in said
+    assert f"port {port} is in use" in site.status()["detail"]
+
+
+def test_a_binary_for_another_cpu_is_named(site):
+    folder = site.folder / "wrong"
+    folder.mkdir()
+    (folder / "llama-server").write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\0\xf3\0" + b"\0" * 200)
+    (folder / "llama-server").chmod(0o755)
+    site.config(engine={"path": str(folder)})
+    said = site.llmrun("submit", "config.json", "--wait", code=3)
+    assert "built for another CPU" in said and "built for another CPU" in site.status()["detail"]
+
+
+def test_logs_and_results_show_a_run_by_name_job_or_folder(site):
+    site.llmrun("submit", "config.json", "--wait")
+    job = str(site.status()["job"])
+    for name in (job, site.run.name, str(site.run), "test"):
+        assert "listening on http" in site.llmrun("logs", name, "llama-server")
+        assert "001.txt" in site.llmrun("results", name)
+    assert json.loads(site.llmrun("status", job, "--json"))["done"] == 6
+    record = json.loads(site.llmrun("results", job, "--format", "jsonl").splitlines()[0])
+    assert record["custom_id"] == "part0/000.txt"
+
+
+def test_cancel_stops_a_run(site):
+    site.slow()
+    site.llmrun("submit", "config.json")
+    wait_for("an answer", lambda: site.journal())
+    assert "cancelled job" in site.llmrun("cancel")
+    site.assert_nothing_left(8)
+
+
+def test_a_pending_job_says_why_it_waits(site):
+    site.config(slurm={"extra": {"begin": "now+1hour"}})
+    site.llmrun("submit", "config.json")
+    state = site.status()
+    assert state["state"] == "pending" and state["detail"], state
+    site.llmrun("cancel")
+    wait_for("the job to be gone", lambda: site.status()["exit_code"] is not None)
+
+
+def test_waiting_for_a_run_costs_no_time(site):
+    """`--wait` follows the run's own files: the end is told when it is there, not at the next poll of Slurm."""
+    site.llmrun("submit", "config.json", "--wait")
+    end = site.wait_for_event("end")["time"]
+    assert time.time() - end < 2
