@@ -599,7 +599,7 @@ def read_user_file(path, what):
                 errno.EACCES: "make it readable: chmod u+r"}.get(error.errno, "check the path")
         raise UserError(path, f"cannot read the {what}: {os_reason(error)}", mend)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().lstrip("\ufeff")  # editors on Windows begin a file so
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}", f"the {what} is not UTF-8 text",
@@ -642,7 +642,8 @@ def parse_value(text):
     """A value as TOML or JSON would read it; anything else is text that needs no quotes here."""
     loads = toml_reader()
     with contextlib.suppress(ValueError):
-        return loads(f"value = {text}")["value"] if loads else json.loads(text)
+        value = loads(f"value = {text}")["value"] if loads else json.loads(text)
+        return value if isinstance(value, (str, int, float, list, dict)) else text  # 05:00:00 is a time in TOML
     return text
 
 
@@ -1089,8 +1090,8 @@ class Slurm:
         try:
             return subprocess.run(argv, env=environ or self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                   stderr=subprocess.PIPE, universal_newlines=True, errors="replace", timeout=90)
-        except FileNotFoundError:
-            raise ClusterError(argv[0], "not found on this machine's PATH",
+        except OSError as error:
+            raise ClusterError(argv[0], f"cannot be started on this machine: {os_reason(error)}",
                                "go to a login node of the cluster, or use `run`, which needs no Slurm")
         except subprocess.TimeoutExpired:
             raise ClusterError(argv[0], "Slurm did not answer within 90 s", "try again when the cluster answers `sinfo`")
