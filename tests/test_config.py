@@ -1,0 +1,81 @@
+"""The config: one schema, from which everything about it comes."""
+
+import json
+import subprocess
+import sys
+
+import examples
+import llmrun
+import pytest
+
+
+def read(tmp_path, text, *overrides, name="config.toml"):
+    (tmp_path / name).write_text(text)
+    return llmrun.read_config(tmp_path / name, overrides)[0]
+
+
+def test_the_written_files_are_what_the_program_would_write_now():
+    for path, text in examples.rendered().items():
+        assert path.read_text() == text, f"{path.name} differs: run `make sbatch`"
+
+
+def test_the_example_config_is_a_config_and_shows_every_key(tmp_path):
+    text = llmrun.example_toml()
+    assert read(tmp_path, text).name == "my-run"
+    uncommented = "\n".join(line[2:] if line.startswith("# ") and " = " in line else line for line in text.splitlines()
+                            if not line.startswith("# ") or " = " in line and line[2:].split(" = ")[0].isidentifier())
+    config = read(tmp_path, uncommented)
+    assert config.slurm.nodes == 1 and config.engine.load_timeout == 3600
+
+
+def test_the_short_config_that_init_writes_is_a_config(tmp_path):
+    assert read(tmp_path, llmrun.example_toml(everything=False)).engine.slots == 4
+
+
+def test_paths_start_from_the_config_file_and_expand(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("WORK", "/work")
+    config = read(tmp_path, '[model]\npath = "~/m.gguf"\n[prompts]\nuser = "../p"\n[results]\nfolder = "$WORK/out"')
+    assert config.model.path == "/home/ada/m.gguf" and config.results.folder == "/work/out"
+    assert config.prompts.user == str(tmp_path.parent / "p")
+
+
+def test_variables_that_mean_the_nodes_are_left_alone(tmp_path):
+    config = read(tmp_path, '[engine.llama]\nrpc_cache = "$SCRATCH/rpc"\n[environment]\nvars = {A = "$TMPDIR"}')
+    assert config.engine.llama.rpc_cache == "$SCRATCH/rpc" and config.environment.vars == {"A": "$TMPDIR"}
+
+
+def test_json_and_toml_mean_the_same(tmp_path):
+    toml = read(tmp_path, '[slurm]\nnodes = 2\nextra = {licenses = "x"}')
+    from_json = read(tmp_path, json.dumps({"slurm": {"nodes": 2, "extra": {"licenses": "x"}}}), name="c.json")
+    assert toml.slurm == from_json.slurm
+
+
+def test_overrides_win_and_need_no_quotes(tmp_path):
+    config = read(tmp_path, "[slurm]\nnodes = 2", "slurm.nodes=3", "slurm.partition=gpu", "prompts.params.seed=1",
+                  "slurm.time=00:30:00", 'environment.modules=["a", "b"]', "engine.llama.user_settings=true")
+    assert config.slurm.nodes == 3 and config.slurm.partition == "gpu" and config.slurm.time == "00:30:00"
+    assert config.prompts.params == {"seed": 1} and config.environment.modules == ["a", "b"]
+    assert config.engine.llama.user_settings is True
+
+
+def test_a_frozen_config_reads_back_the_same(tmp_path):
+    config = read(tmp_path, 'name = "x"\n[environment]\nvars = {A = "$B"}\n[prompts]\nparams = {stop = ["$C"]}')
+    data = json.loads(json.dumps(llmrun.dataclasses.asdict(config)))
+    assert llmrun.build_config(llmrun.Config, data, data["source"], None) == config
+
+
+@pytest.mark.parametrize("text, size", [("24GB", 24 * 10**9), ("24G", 24 * 2**30), ("512 MiB", 2**29), ("1.5GB", 1500000000),
+                                        (7, 7)])
+def test_sizes(text, size):
+    assert llmrun.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("2min", 120), ("1.5h", 5400), (30, 30), ("1d", 86400)])
+def test_durations(text, seconds):
+    assert llmrun.parse_duration(text) == seconds
+
+
+def test_help_config_is_the_example_file():
+    done = subprocess.run([sys.executable, llmrun.__file__, "help", "config"], stdout=subprocess.PIPE, text=True)
+    assert done.stdout.strip() == llmrun.example_toml().strip()

@@ -1,0 +1,708 @@
+"""What the fake Slurm must do, since other tests believe it: told in what a user of a cluster sees."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fake_slurm.cluster import FakeCluster
+
+WAIT_S = 20
+
+REPORTER = """
+import os, signal, sys, time
+name = sys.argv[1]
+file = open("signals." + name, "a", 1)
+for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    signal.signal(number, lambda number, _: file.write(signal.Signals(number).name[3:] + "\\n"))
+open("ready." + name, "w").close()
+while not os.path.exists("enough"):
+    time.sleep(0.01)
+"""
+
+
+class Desk:
+    """A user's folder at a cluster, with the commands as functions."""
+
+    def __init__(self, cluster, folder):
+        self.cluster, self.folder, self.env = cluster, folder, cluster.env
+
+    def run(self, *argv, env=None, **more):
+        return subprocess.run([str(word) for word in argv], cwd=self.folder, env={**self.env, **(env or {})},
+                              capture_output=True, text=True, timeout=WAIT_S, **more)
+
+    def start(self, *argv, **more):
+        return subprocess.Popen([str(word) for word in argv], cwd=self.folder, env=self.env, **more)
+
+    def write(self, name, text):
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+    def script(self, body, name="job.sh", shebang="#!/bin/bash"):
+        return self.write(name, shebang + "\n" + body)
+
+    def submit(self, body, *options, **more):
+        done = self.run("sbatch", "--parsable", *options, self.script(body), **more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def read(self, name):
+        path = self.folder / name
+        return path.read_text() if path.exists() else ""
+
+    def output(self, job):
+        return self.read("slurm-%s.out" % job)
+
+    def show(self, job, form="%T"):
+        return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", form).stdout.strip()
+
+    def until(self, what, name):
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            value = what()
+            if value:
+                return value
+            assert time.monotonic() < deadline, "waited in vain for " + name + "\n" + self.cluster.log()
+            time.sleep(0.02)
+
+    def until_state(self, job, *states):
+        return self.until(lambda: self.show(job) in states and self.show(job), "job %s to be %s" % (job, states))
+
+    def until_done(self, job):
+        return self.until_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+    def until_line(self, name, line):
+        self.until(lambda: line in self.read(name).split("\n"), "%r in %s" % (line, name))
+
+    def variables(self, name):
+        pairs = (line.partition("=") for line in self.read(name).splitlines())
+        return {key: value for key, _, value in pairs}
+
+    def reporters(self, *options):
+        """A job whose script, a child of it and two tasks write down the signals they get."""
+        self.write("reporter.py", REPORTER)
+        python = sys.executable
+        job = self.submit("%s reporter.py child & srun -N2 -n2 bash -c '%s reporter.py task$SLURM_PROCID & "
+                          "exec %s reporter.py task' & exec %s reporter.py batch\n" % (python, python, python, python),
+                          "-N2", *options)
+        for name in ("batch", "child", "task", "task0", "task1"):
+            self.until(lambda: (self.folder / ("ready." + name)).exists(), name + " to be ready")
+        return job
+
+    def signals(self, name):
+        return self.read("signals." + name).split()
+
+
+@pytest.fixture
+def desk_of(tmp_path):
+    """desk_of(KillWait=1, ...) is a desk at a cluster with those settings."""
+    clusters = []
+
+    def make(**settings):
+        cluster = FakeCluster(tmp_path / "cluster", **{"FakeTick": 0.2, "KillWait": 1, **settings})
+        clusters.append(cluster)
+        (tmp_path / "home").mkdir()
+        return Desk(cluster.start(), tmp_path / "home")
+
+    yield make
+    for cluster in clusters:
+        cluster.stop()
+        assert cluster.processes() == []
+        assert "Traceback" not in cluster.log()
+
+
+@pytest.fixture
+def desk(desk_of):
+    return desk_of()
+
+
+# The roles and what they see ---------------------------------------------------------------------
+
+def test_each_role_sees_its_own_variables(desk):
+    job = desk.submit("env > batch.env\nsrun -l bash -c 'env > task$SLURM_PROCID.env'\n", "-N2", "--gres=gpu:2")
+    assert desk.until_done(job) == "COMPLETED", desk.output(job)
+    batch, task = desk.variables("batch.env"), desk.variables("task1.env")
+    for name in ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_GPUS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_JOB_END_TIME",
+                 "SLURM_RESTART_COUNT", "SLURM_LAUNCH_NODE_IPADDR", "SLURM_SRUN_COMM_HOST"):
+        assert name not in batch
+    assert batch["SLURMD_NODENAME"] == "node1" and batch["ENVIRONMENT"] == "BATCH" and batch["SLURM_PROCID"] == "0"
+    assert batch["SLURM_JOB_NODELIST"] == "node[1-2]" and batch["SLURM_TASKS_PER_NODE"] == "1(x2)"
+    assert batch["CUDA_VISIBLE_DEVICES"] == "0,1" and batch["SLURM_GPUS_ON_NODE"] == "2"
+    assert (task["SLURMD_NODENAME"], task["SLURM_NODEID"], task["SLURM_PROCID"]) == ("node2", "1", "1")
+    assert (task["SLURM_STEP_ID"], task["SLURM_STEP_NODELIST"], task["SLURM_NTASKS"]) == ("0", "node[1-2]", "2")
+    assert task["ENVIRONMENT"] == "BATCH" and task["SLURM_STEP_GPUS"] == "0,1"
+    assert task["SLURM_JOB_NODELIST"] == "node[1-2]" and task["SLURM_LAUNCH_NODE_IPADDR"]
+
+
+def test_a_step_on_one_node_keeps_the_jobs_nodes_in_its_variables(desk):
+    job = desk.submit("srun -N1 -n1 -w node2 env\n", "-N2")
+    desk.until_done(job)
+    text = desk.output(job)
+    for line in ("SLURM_JOB_NUM_NODES=2", "SLURM_NNODES=1", "SLURM_STEP_NODELIST=node2", "SLURM_JOB_NODELIST=node[1-2]"):
+        assert line + "\n" in text
+
+
+def test_variables_appear_when_asked_for(desk):
+    job = desk.submit("env\n", "-n2", "-c2", "--mem=1G", "--gpus-per-node=1")
+    desk.until_done(job)
+    for line in ("SLURM_NTASKS=2", "SLURM_CPUS_PER_TASK=2", "SLURM_MEM_PER_NODE=1024", "SLURM_GPUS_PER_NODE=1",
+                 "SLURM_CPUS_ON_NODE=4", "SLURM_JOB_CPUS_PER_NODE=4"):
+        assert line + "\n" in desk.output(job)
+
+
+def test_newer_slurm_tells_the_end_time_and_makes_output_folders(desk_of):
+    desk = desk_of(FakeVersion="23.02.1")
+    job = desk.submit("echo $((SLURM_JOB_END_TIME - SLURM_JOB_START_TIME))\n", "-t", "7", "-o", "new/out")
+    desk.until_done(job)
+    assert desk.read("new/out") == "420\n"
+
+
+def test_a_job_submitted_from_a_step_inherits_what_leaks(desk):
+    desk.write("inner.sh", "#!/bin/sh\nenv > inner.env\n")
+    job = desk.submit("export SLURM_ARRAY_TASK_ID=7\nsrun -N1 -n1 sbatch -N1 inner.sh\n", "-N2", "--ntasks-per-node=1")
+    desk.until_done(job)
+    desk.until_done(str(int(job) + 1))
+    inner = desk.variables("inner.env")
+    assert inner["SLURM_STEP_ID"] == "0" and inner["SLURM_ARRAY_TASK_ID"] == "7" and inner["SLURM_NTASKS_PER_NODE"] == "1"
+    assert inner["SLURM_JOB_ID"] == str(int(job) + 1) and inner["SLURM_NNODES"] == "1"
+
+
+def test_export_none_starves_the_steps_of_their_path(desk):
+    job = desk.submit("srun bash -c 'echo one'; echo $?\nsrun --export=ALL bash -c 'echo two'\n", "--export=NONE")
+    desk.until_done(job)
+    assert "execve(): bash: No such file or directory" in desk.output(job)
+    assert desk.output(job).endswith("2\ntwo\n")
+
+
+def test_the_script_is_a_copy_in_the_spool_with_no_input(desk):
+    job = desk.submit('echo "$0 $# $2"; readlink /proc/self/fd/0; pwd; echo $$ $SLURM_TASK_PID\n')
+    desk.until_done(job)
+    first, stdin, cwd, pids = desk.output(job).splitlines()
+    assert re.search(r"/node1/job%05d/slurm_script 0 $" % int(job), first)
+    assert stdin == "/dev/null" and cwd == str(desk.folder)
+    assert len(set(pids.split())) == 1
+
+
+def test_salloc_runs_its_command_on_the_login_node(desk):
+    done = desk.run("salloc", "-N2", "bash", "-c", "echo $SLURM_JOB_NODELIST:$SLURMD_NODENAME; srun bash -c 'echo $SLURMD_NODENAME'; exit 3")
+    assert done.returncode == 3
+    assert sorted(done.stdout.split()) == ["node1", "node2", "node[1-2]:"]
+    assert "salloc: Granted job allocation 1" in done.stderr
+
+
+# Signals and endings -----------------------------------------------------------------------------
+
+def test_a_cgroup_tells_only_its_direct_children(desk_of):
+    desk = desk_of(ProctrackType="proctrack/cgroup")
+    job = desk.reporters()
+    desk.run("scancel", job)
+    assert desk.until_done(job) == "CANCELLED"
+    assert desk.signals("batch") == ["CONT", "TERM"] and sorted(desk.signals("task")) == ["CONT", "CONT", "TERM", "TERM"]
+    assert desk.signals("child") == desk.signals("task0") == []
+    assert desk.cluster.processes() == []
+    assert "slurmstepd-node1: error: *** JOB %s ON node1 CANCELLED AT 2" % job in desk.output(job)
+
+
+def test_linuxproc_tells_all_descendants(desk_of):
+    desk = desk_of(ProctrackType="proctrack/linuxproc")
+    job = desk.reporters()
+    desk.run("scancel", job)
+    assert desk.until_done(job) == "CANCELLED"
+    for name in ("batch", "child", "task0", "task1"):
+        assert desk.signals(name) == ["CONT", "TERM"]
+
+
+@pytest.mark.parametrize("options, batch, tasks, children", [
+    (["-s", "USR1"], [], ["USR1"], []),
+    (["-b", "-s", "USR1"], ["USR1"], [], []),
+    (["-f", "-s", "USR2"], ["USR2"], ["USR2"], ["USR2"]),
+])
+def test_scancel_signals_whom_it_should(desk_of, options, batch, tasks, children):
+    desk = desk_of(ProctrackType="proctrack/linuxproc")
+    job = desk.reporters()
+    assert desk.run("scancel", *options, job).returncode == 0
+    wanted = {"batch": batch, "task": tasks * 2, "child": children}
+    desk.until(lambda: {name: desk.signals(name) for name in wanted} == wanted, "the signals")
+    desk.write("enough", "")
+    assert desk.until_done(job) == "COMPLETED"
+
+
+@pytest.mark.parametrize("tracking, survivors", [("cgroup", 0), ("linuxproc", 2)])
+def test_left_over_children_live_on_only_under_linuxproc(desk_of, tracking, survivors):
+    desk = desk_of(proctrack=tracking)
+    job = desk.submit("setsid sleep 60 > /dev/null 2>&1 &\nsrun bash -c 'nohup sleep 60 > /dev/null 2>&1 & exit 0'\n")
+    assert desk.until_done(job) == "COMPLETED"
+    desk.until(lambda: len(desk.cluster.processes()) == survivors, "the orphans")
+
+
+def test_an_orphan_that_holds_stdout_delays_the_end_of_the_step(desk_of):
+    desk = desk_of(proctrack="linuxproc", EioTimeout=1)
+    begin = time.monotonic()
+    done = desk.run("srun", "bash", "-c", "sleep 60 & echo out")
+    assert done.stdout == "out\n" and 1 <= time.monotonic() - begin < 5
+
+
+def test_a_python_without_exec_is_killed_unwarned_under_cgroup(desk_of):
+    desk = desk_of(KillWait=30)
+    desk.write("reporter.py", REPORTER)
+    job = desk.submit("%s reporter.py inner\n" % sys.executable)
+    desk.until(lambda: (desk.folder / "ready.inner").exists(), "the inner program")
+    desk.run("scancel", job)
+    assert desk.until_done(job) == "CANCELLED"
+    assert desk.signals("inner") == []
+
+
+def test_a_time_limit_ends_the_job_and_tells_tasks_twice(desk_of):
+    desk = desk_of()
+    job = desk.reporters("-t", "1")
+    end = desk.run("squeue", "-h", "-j", job, "-o", "%S %e", env={"SLURM_TIME_FORMAT": "%s"}).stdout.split()
+    assert int(end[1]) - int(end[0]) == 60
+    desk.run("scontrol", "update", "job", job, "FakeEnd=0")
+    assert desk.until_done(job) == "TIMEOUT"
+    assert desk.signals("batch") == ["CONT", "TERM"]
+    assert sorted(desk.signals("task")) == ["CONT"] * 2 + ["TERM"] * 4
+    assert "DUE TO TIME LIMIT ***" in desk.output(job)
+
+
+def test_the_warning_comes_before_the_end(desk_of):
+    desk = desk_of()
+    job = desk.reporters("--signal=B:USR1@30", "-t", "1")
+    desk.run("scontrol", "update", "job", job, "FakeEnd=30")
+    desk.until(lambda: desk.signals("batch") == ["CONT", "USR1"], "the warning")
+    assert desk.show(job) == "RUNNING" and desk.signals("task") == desk.signals("child") == []
+
+
+def test_a_warning_without_b_goes_to_the_tasks(desk_of):
+    desk = desk_of()
+    job = desk.reporters("--signal=USR2@30", "-t", "1")
+    desk.run("scontrol", "update", "job", job, "FakeEnd=30")
+    desk.until(lambda: sorted(desk.signals("task")) == ["CONT"] * 2 + ["USR2"] * 2, "the warning")
+    assert desk.signals("batch") == []
+
+
+def test_the_end_of_the_script_ends_the_steps(desk):
+    desk.write("step.sh", "#!/bin/bash\ntrap 'echo told > told; exit' TERM\ntouch up\nwhile :; do sleep 0.05; done\n")
+    holder = desk.start("salloc", "-Q", "bash", "-c", "echo $SLURM_JOB_ID > id; while [ ! -e up ]; do sleep 0.02; done; exit 5")
+    desk.until(lambda: desk.read("id").strip(), "the allocation")
+    job = desk.read("id").strip()
+    step = desk.start("srun", "--jobid=" + job, "bash", "step.sh")
+    assert holder.wait(WAIT_S) == 5
+    step.wait(WAIT_S)
+    assert desk.until_done(job) == "FAILED" and desk.read("told") == "told\n"
+
+
+def test_a_job_that_exits_in_peace_after_scancel_is_cancelled_with_code_0(desk):
+    job = desk.submit("trap 'exit 0' TERM\ntouch up\nwhile :; do sleep 0.02; done\n")
+    desk.until(lambda: (desk.folder / "up").exists(), "the script")
+    desk.run("scancel", job)
+    assert desk.until_done(job) == "CANCELLED"
+    assert " ExitCode=0:0" in desk.run("scontrol", "show", "job", job, "-o").stdout
+
+
+def test_scancel_b_alone_kills_the_script_and_fails_the_job(desk):
+    job = desk.submit("touch up; sleep 60\n")
+    desk.until(lambda: (desk.folder / "up").exists(), "the script")
+    desk.run("scancel", "-b", job)
+    assert desk.until_done(job) == "FAILED" and desk.show(job, "%r") == "JobLaunchFailure"
+
+
+def test_scancel_of_a_step_kills_only_that(desk):
+    job = desk.submit("srun -N1 -n1 bash -c 'touch up; sleep 60'; echo rc $?; echo on\n")
+    desk.until(lambda: (desk.folder / "up").exists(), "the step")
+    assert desk.run("scancel", job + ".0").returncode == 0
+    assert desk.until_done(job) == "COMPLETED" and "rc 137\non\n" in desk.output(job)
+
+
+def test_scancel_of_what_is_gone_is_silent(desk):
+    assert desk.run("scancel", "4711").returncode == 0
+    refused = desk.run("scancel", "1.batch")
+    assert refused.returncode == 1 and "Invalid job id" in refused.stderr
+
+
+# srun ----------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def held(desk):
+    """A desk with two nodes allocated; desk.env names the job."""
+    assert desk.run("salloc", "-N2", "--no-shell", "--gres=gpu:2", "-n2", "-c2").returncode == 0
+    desk.env["SLURM_JOB_ID"] = "1"
+    return desk
+
+
+def test_lines_go_both_ways_at_once(held):
+    step = held.start("srun", "-N1", "-n1", "-w", "node2", "--ntasks-per-node=1", "--mem=0", "--kill-on-bad-exit=0", "--wait=0",
+                      "--no-kill", "--export=ALL", "--mpi=none", "-J", "agents", "cat",
+                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def ask():
+        begin = time.perf_counter()
+        step.stdin.write(b'{"n": 1}\n')
+        step.stdin.flush()
+        assert step.stdout.readline() == b'{"n": 1}\n'
+        return time.perf_counter() - begin
+    ask()
+    assert sorted(ask() for _ in range(101))[50] < 0.005
+    step.stdin.write(b"x" * 1000000 + b"\n")
+    step.stdin.close()
+    assert step.stdout.read() == b"x" * 1000000 + b"\n"
+    assert step.wait(WAIT_S) == 0
+
+
+def test_the_death_of_srun_ends_its_task_only(held):
+    steps = [held.start("srun", "-N1", "-n1", "-w", node, "bash", "-c", "touch %s; exec cat" % node, stdin=subprocess.PIPE)
+             for node in ("node1", "node2")]
+    for node in ("node1", "node2"):
+        held.until(lambda: (held.folder / node).exists(), node)
+    steps[0].kill()
+    held.until(lambda: [node for _, node, _ in held.cluster.processes()] == ["node2"], "one task left")
+    steps[0].stdin.close()
+    steps[1].stdin.close()
+    assert steps[1].wait(WAIT_S) == 0
+    steps[0].wait()
+
+
+def test_srun_says_who_failed_and_returns_the_highest_code(held):
+    done = held.run("srun", "-n2", "bash", "-c", "exit $((SLURM_PROCID * 3))")
+    assert done.returncode == 3 and "srun: error: node2: task 1: Exited with exit code 3\n" in done.stderr
+    done = held.run("srun", "-n1", "-N1", "bash", "-c", "kill -9 $$")
+    assert done.returncode == 137 and "srun: error: node1: task 0: Killed\n" in done.stderr
+    assert held.run("srun", "-n1", "-N1", "nothing-like-that").returncode == 2
+    held.write("plain", "text")
+    assert held.run("srun", "-n1", "-N1", "./plain").returncode == 13
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminated_srun_kills_its_tasks_at_once(held, number):
+    held.write("reporter.py", REPORTER)
+    step = held.start("srun", "-N1", "-n1", sys.executable, "reporter.py", "task", stderr=subprocess.DEVNULL)
+    held.until(lambda: (held.folder / "ready.task").exists(), "the task")
+    step.send_signal(number)
+    assert step.wait(WAIT_S) == 137 and held.signals("task") == []
+
+
+def test_srun_passes_usr1_on_and_takes_two_interrupts(held):
+    held.write("reporter.py", REPORTER)
+    step = held.start("srun", "-N1", "-n1", sys.executable, "reporter.py", "task", stderr=subprocess.PIPE)
+    held.until(lambda: (held.folder / "ready.task").exists(), "the task")
+    step.send_signal(signal.SIGUSR1)
+    held.until(lambda: held.signals("task") == ["USR1"], "USR1")
+    step.send_signal(signal.SIGINT)
+    assert b"one more within 1 sec to abort" in step.stderr.readline()
+    step.send_signal(signal.SIGINT)
+    assert step.wait(WAIT_S) == 137 and held.signals("task") == ["USR1", "INT"]
+
+
+def test_steps_wait_for_each_other_unless_they_overlap(held):
+    first = held.start("srun", "-N1", "-n1", "-w", "node1", "bash", "-c", "touch up; while [ ! -e enough ]; do sleep 0.02; done")
+    held.until(lambda: (held.folder / "up").exists(), "the first step")
+    other_node = held.run("srun", "-N1", "-n1", "-w", "node2", "bash", "-c", "echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES")
+    assert other_node.stdout == "node2 0,1\n" and other_node.stderr == ""
+    assert held.run("srun", "-N1", "-n1", "-w", "node1", "--overlap", "echo", "beside").stdout == "beside\n"
+    refused = held.run("srun", "-N1", "-n1", "-w", "node1", "--immediate=1", "true")
+    assert refused.returncode == 1 and "Requested nodes are busy" in refused.stderr
+    waiting = held.start("srun", "-N1", "-n1", "-w", "node1", "echo", "after", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert waiting.stderr.readline() == (b"srun: Job 1 step creation temporarily disabled, retrying "
+                                         b"(Requested nodes are busy)\n")
+    held.write("enough", "")
+    assert waiting.communicate(timeout=WAIT_S)[0] == b"after\n" and first.wait(WAIT_S) == 0
+
+
+def test_srun_refuses_what_the_job_does_not_have(held):
+    for options, words in ((["-N1", "-n1", "-w", "node3"], "Requested node configuration is not available"),
+                           (["-N1", "-n1", "-c9"], "More processors requested than permitted"),
+                           (["-N1", "-n1", "--gres=gpu:3"], "Invalid generic resource (gres) specification")):
+        done = held.run("srun", *options, "true")
+        assert done.returncode == 1 and words in done.stderr
+    done = held.run("srun", "true", env={"SLURM_MEM_PER_NODE": "1", "SLURM_MEM_PER_CPU": "1"})
+    assert "are mutually exclusive." in done.stderr
+
+
+def test_a_step_takes_the_gpus_it_asks_for(held):
+    show = ["bash", "-c", "echo $SLURM_PROCID:$CUDA_VISIBLE_DEVICES:$SLURM_CPUS_ON_NODE"]
+    assert held.run("srun", "-N1", "-n1", "--gres=gpu:1", *show).stdout == "0:0:2\n"
+    assert held.run("srun", "-N1", "-n1", "--gres=none", *show).stdout == "0::2\n"
+    assert held.run("srun", "-N1", "-n1", "--exact", *show).stdout == "0:0,1:1\n"
+
+
+def test_labels_files_input_and_kill_on_bad_exit(held):
+    done = held.run("srun", "-n2", "-l", "bash", "-c", "cat; echo $SLURM_PROCID", input="in\n")
+    assert sorted(done.stdout.splitlines()) == ["0: 0", "0: in", "1: 1", "1: in"]
+    assert held.run("srun", "-n2", "--input=none", "cat", input="in\n").stdout == ""
+    held.run("srun", "-n2", "-o", "out.%t.%s", "bash", "-c", "echo $SLURM_PROCID")
+    assert [path.name for path in sorted(held.folder.glob("out.*"))][0].startswith("out.0.")
+    assert held.run("srun", "-n1", "-o", "no/where", "true").returncode == 0
+    begin = time.monotonic()
+    done = held.run("srun", "-n2", "-K", "bash", "-c", "[ $SLURM_PROCID = 1 ] && exit 4; exec sleep 60")
+    assert done.returncode == 143 and time.monotonic() - begin < 10
+    done = held.run("srun", "-n2", "--wait=1", "bash", "-c", "[ $SLURM_PROCID = 1 ] && exit 0; exec sleep 60")
+    assert done.returncode == 137
+
+
+def test_srun_outside_a_job_makes_one(desk):
+    done = desk.run("srun", "-N2", "bash", "-c", "echo $SLURMD_NODENAME; exit 6")
+    assert done.returncode == 6 and sorted(done.stdout.split()) == ["node1", "node2"]
+    assert desk.show("1") == "FAILED"
+
+
+def test_a_task_prolog_speaks_first(desk_of):
+    desk = desk_of(FakeTaskProlog="welcome to the site")
+    assert desk.run("srun", "echo", "hello").stdout == "welcome to the site\nhello\n"
+
+
+def test_a_pty_looks_like_an_agent(desk):
+    done = desk.run("srun", "--pty", "bash", "-c", "echo $SLURM_STEP_ID:$SLURM_PTY_PORT; tty")
+    step, terminal = done.stdout.split()
+    assert re.fullmatch(r"0:\d+", step) and terminal.startswith("/dev/pts/")
+
+
+# sbatch --------------------------------------------------------------------------------------------
+
+FAILED_TO_SUBMIT = "sbatch: error: Batch job submission failed: "
+
+
+@pytest.mark.parametrize("options, code, words", [
+    (["-p", "nope"], 1, "sbatch: error: invalid partition specified: nope\n" + FAILED_TO_SUBMIT + "Invalid partition name specified"),
+    (["--gres=gpu:9"], 1, FAILED_TO_SUBMIT + "Requested node configuration is not available"),
+    (["--gres=foo:1"], 1, "sbatch: error: Invalid generic resource (gres) specification"),
+    (["--mem=1T"], 1, "sbatch: error: Memory specification can not be satisfied\n" + FAILED_TO_SUBMIT),
+    (["-C", "nope"], 1, FAILED_TO_SUBMIT + "Invalid feature specification"),
+    (["-w", "nope"], 1, FAILED_TO_SUBMIT + "Invalid node name specified"),
+    (["-d", "bogus:1"], 1, FAILED_TO_SUBMIT + "Job dependency problem"),
+    (["--array=5-1"], 1, FAILED_TO_SUBMIT + "Invalid job array specification"),
+    (["-t", "abc"], 255, "sbatch: error: Invalid --time specification"),
+    (["--mem=abc"], 255, "sbatch: error: Invalid --mem specification"),
+    (["-N", "abc"], 255, 'sbatch: error: "abc" is not a valid node count'),
+    (["--frob"], 255, "sbatch: unrecognized option '--frob'\nTry \"sbatch --help\" for more information"),
+    (["--signal=B:R:USR1"], 255, "sbatch: error: Invalid --signal specification"),
+    (["--signal=USR1@65536"], 255, "sbatch: error: Invalid --signal specification"),
+])
+def test_a_bad_request_is_refused_in_slurms_words(shared, options, code, words):
+    done = shared.run("sbatch", *options, shared.script("true\n"))
+    assert done.returncode == code and done.stderr.startswith(words) and done.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One cluster for tests that leave nothing running in it."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "home").mkdir()
+    with FakeCluster(folder / "cluster", FakeTick=0.2) as cluster:
+        yield Desk(cluster, folder / "home")
+        assert "Traceback" not in cluster.log()
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("a", "echo\n", "This does not look like a batch script."), ("b", "\n#!/bin/sh\n", "This does not look like a batch script."),
+    ("c", "#!/bin/sh\r\ntrue\r\n", "DOS line breaks"), ("d", "", "Batch script is empty!"),
+    ("missing", None, "Unable to open file"),
+])
+def test_a_bad_script_is_refused(shared, name, text, words):
+    if text is not None:
+        (shared.folder / name).write_bytes(text.encode())
+    done = shared.run("sbatch", name)
+    assert done.returncode == 1 and words in done.stderr
+
+
+def test_limits_are_met_late_or_at_once(desk_of, shared):
+    for options, reason in ((["-t", "5:00:00"], "PartitionTimeLimit"), (["-N3", "-p", "short"], "PartitionNodeLimit"),
+                            (["-N9"], "PartitionConfig")):
+        job = shared.submit("true\n", *options)
+        shared.until(lambda: shared.show(job, "%T %r") == "PENDING " + reason, reason)
+        shared.run("scancel", job)
+    strict = desk_of(EnforcePartLimits="ALL")
+    for options, words in ((["-t", "5:00:00"], "Requested time limit is invalid (missing or exceeds some limit)"),
+                           (["-N9"], "Node count specification invalid"),
+                           (["-c64"], "More processors requested than permitted")):
+        done = strict.run("sbatch", *options, strict.script("true\n"))
+        assert (done.returncode, done.stderr) == (1, FAILED_TO_SUBMIT + words + "\n")
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("1", "1:00"), ("90", "1:30:00"), ("1:30", "2:00"), ("0:30", "1:00"), ("00:00:30", "1:00"), ("1-0", "1-00:00:00"),
+    ("1-12:30:15", "1-12:31:00"), ("0-0:5", "5:00"), ("1-", "1-00:00:00"), ("0", "UNLIMITED"), ("-1", "UNLIMITED"),
+    ("infinite", "UNLIMITED"), ("100:100:100", "4-05:42:00"), ("1.5", None), ("1h", None), ("", None), (" 10", None),
+    ("+5", None), ("1:", None), (":1", None), ("1:2:3:4", None), ("1-2-3", None)])
+def test_times_are_read_as_slurm_reads_them(shared, text, shown):
+    done = shared.run("sbatch", "-H", "--parsable", "--time=" + text, shared.script("true\n"))
+    if shown is None:
+        assert done.returncode == 255 and "Invalid --time specification" in done.stderr
+    else:
+        assert shared.show(done.stdout.strip(), "%l") == shown
+        shared.run("scancel", done.stdout.strip())
+
+
+def test_directives_end_at_the_first_other_line(shared):
+    body = ("#SBATCH -J 'first name' --comment=a#b\n\n# a comment\n##SBATCH -J no\n #SBATCH -J no\n#SBATCH\t-t 7\n"
+            "#SBATCH-N 2\ntrue\n#SBATCH -J late\n")
+    job = shared.submit(body, "-H")
+    assert shared.show(job, "%j|%k|%l|%D") == "first name|a|7:00|2"
+    shared.run("scancel", job)
+    job = shared.submit(body, "-H", "-N1", env={"SBATCH_TIMELIMIT": "8", "SBATCH_JOB_NAME": "env"})
+    assert shared.show(job, "%j|%l|%D") == "env|8:00|1"
+    shared.run("scancel", job)
+    done = shared.run("sbatch", shared.script("#SBATCH -N1 a\\ b\n"))
+    assert (done.returncode, done.stderr) == (255, "sbatch: error: Invalid directive found in batch script: a\\\n")
+
+
+def test_a_script_comes_from_stdin_or_the_command_line(desk):
+    assert desk.run("sbatch", input="#!/bin/sh\necho from stdin ${SLURM_JOB_NAME-unset}\n").stdout == "Submitted batch job 1\n"
+    assert desk.run("sbatch", "--wrap", "echo wrapped $SLURM_JOB_NAME", "-o", "%x-%4j%%.txt").returncode == 0
+    assert desk.until_done("1") and desk.until_done("2")
+    assert desk.output(1) == "from stdin unset\n" and desk.read("wrap-0002%.txt") == "wrapped wrap\n"
+
+
+def test_a_python_file_is_a_batch_script(desk):
+    desk.write("job.py", "#!%s\n#SBATCH -J py\nimport sys\nprint(sys.argv[1:])\n" % sys.executable)
+    desk.run("sbatch", "job.py", "-N9", "a b")
+    desk.until_done("1")
+    assert desk.output(1) == "['-N9', 'a b']\n" and desk.show("1", "%j") == "py"
+
+
+def test_a_missing_output_folder_fails_the_job_unseen(desk):
+    job = desk.submit("touch ran\n", "-o", "missing/out")
+    assert desk.until_done(job) == "FAILED"
+    assert desk.show(job, "%r") == "JobLaunchFailure" and not (desk.folder / "ran").exists()
+    assert " ExitCode=0:53" in desk.run("scontrol", "show", "job", job, "-o").stdout
+
+
+def test_wait_returns_the_jobs_code(desk):
+    assert desk.run("sbatch", "--wait", desk.script("exit 7\n")).returncode == 7
+    assert desk.run("sbatch", "--wait", desk.script("kill -9 $$\n")).returncode == 1
+    bad = desk.run("sbatch", "--wait", desk.script("", shebang="#!/no/such/thing"))
+    assert bad.returncode == 2 and "bad interpreter" in desk.output(3)
+
+
+def test_dependencies_and_holds_are_kept(desk):
+    first = desk.submit("while [ ! -e go ]; do sleep 0.02; done; exit 1\n")
+    after = desk.submit("echo after\n", "-d", "afterany:" + first)
+    never = desk.submit("echo never\n", "-d", "afterok:" + first)
+    held = desk.submit("echo held\n", "-H")
+    later = desk.submit("echo later\n", "--begin=now+1hour")
+    unknown = desk.submit("echo unknown\n", "-d", "afterok:99999")
+    desk.until(lambda: desk.show(never, "%T|%r|%E") == "PENDING|Dependency|afterok:%s(unfulfilled)" % first, "the dependency")
+    assert desk.show(held, "%r") == "JobHeldUser" and desk.show(later, "%r") == "BeginTime"
+    assert desk.until_done(unknown) == "COMPLETED"
+    desk.write("go", "")
+    assert desk.until_done(after) == "COMPLETED"
+    desk.until(lambda: desk.show(never, "%r") == "DependencyNeverSatisfied", "the verdict")
+    desk.run("scontrol", "release", held)
+    assert desk.until_done(held) == "COMPLETED"
+
+
+def test_test_only_tells_where_and_runs_nothing(desk):
+    done = desk.run("sbatch", "--test-only", "-N2", desk.script("touch ran\n"))
+    assert done.returncode == 0 and done.stdout == ""
+    assert re.fullmatch(r"sbatch: Job 1 to start at \d{4}-\d\d-\d\dT[\d:]{8} using 2 processors on nodes node\[1-2\] in partition main\n",
+                        done.stderr)
+    refused = desk.run("sbatch", "--test-only", "-p", "nope", desk.script("true\n"))
+    assert refused.returncode == 1 and "allocation failure: Invalid partition name specified" in refused.stderr
+
+
+def test_jobs_wait_for_nodes_and_a_higher_tier_goes_first(desk):
+    first = desk.submit("while [ ! -e go ]; do sleep 0.02; done\n", "-N4", "--exclusive")
+    low = desk.submit("echo low >> order\n", "-N4", "-p", "low", "--exclusive")
+    high = desk.submit("echo high >> order\n", "-N4", "-p", "high", "--exclusive")
+    desk.until(lambda: desk.show(low, "%T %r") == "PENDING Resources", "the wait")
+    desk.write("go", "")
+    assert desk.until_done(low) == desk.until_done(high) == desk.until_done(first) == "COMPLETED"
+    assert desk.read("order") == "high\nlow\n"
+
+
+# Reading the state ---------------------------------------------------------------------------------
+
+def test_squeue_tells_a_running_job(desk):
+    job = desk.submit("sleep 60\n", "-N2", "-t", "10", "--comment", "some words", "--gres=gpu:1", "-J", "a|b=c")
+    desk.until_state(job, "RUNNING")
+    assert desk.show(job, "%i|%A|%F|%K|%T|%t|%r|%R|%l|%N|%D|%P|%u|%k|%b|%C|%E|%j").split("|", 17) == [
+        job, job, job, "N/A", "RUNNING", "R", "None", "node[1-2]", "10:00", "node[1-2]", "2", "main",
+        desk.run("id", "-un").stdout.strip(), "some words", "gres:gpu:1", "2", "(null)", "a|b=c"]
+    assert re.fullmatch(r"0:\d\d (9:\d\d|10:00)", desk.show(job, "%M %L"))
+    started = int(desk.run("squeue", "-h", "-j", job, "-o", "%S", env={"SLURM_TIME_FORMAT": "%s"}).stdout)
+    assert abs(started - time.time()) < 60
+    assert desk.run("scontrol", "update", "job", job, "comment=half way", "TimeLimit=5").returncode == 0
+    assert desk.show(job, "%k %l") == "half way 5:00"
+    assert desk.run("squeue", "-h", "--me", "-t", "PD").stdout == ""
+    assert "GRES=gpu:1(IDX:0)" in desk.run("scontrol", "show", "job", "-d", job).stdout
+    assert desk.run("sinfo", "-h", "-p", "main", "-o", "%T %D").stdout == "mixed 2\nidle 2\n"
+
+
+def test_unknown_jobs_are_an_error_only_alone(desk):
+    job = desk.submit("true\n")
+    desk.until_done(job)
+    alone = desk.run("squeue", "-h", "-j", "4711")
+    assert (alone.returncode, alone.stderr) == (1, "slurm_load_jobs error: Invalid job id specified\n")
+    assert desk.run("scontrol", "show", "job", "4711").stderr == alone.stderr
+    assert desk.run("squeue", "-h", "-t", "all", "-j", "4711," + job, "-o", "%i").stdout == job + "\n"
+    assert desk.run("squeue", "-h", "-j", job).stdout == ""
+
+
+def test_old_jobs_are_forgotten(desk_of):
+    desk = desk_of(MinJobAge=0.5)
+    job = desk.submit("true\n")
+    desk.until(lambda: desk.run("squeue", "-t", "all", "-j", job).returncode == 1, "the job to be forgotten")
+
+
+def test_nodes_and_partitions_are_told(shared):
+    lines = shared.run("sinfo", "-h", "-N", "-o", "%N|%P|%T|%C|%m|%e|%G|%O|%l|%D|%c").stdout.splitlines()
+    assert len(lines) == 16 and lines[0] == "node1|main*|idle|0/4/0/4|4000|2000|gpu:2|0.10|4:00:00|1|4"
+    text = shared.run("scontrol", "show", "partition", "short", "-o").stdout
+    for words in ("MaxTime=00:05:00", "DefaultTime=NONE", "MaxNodes=2", "State=UP", "Default=NO", "TotalNodes=4", "GraceTime=0"):
+        assert " " + words + " " in text
+    assert "AccountingStorageType   = accounting_storage/none\n" in shared.run("scontrol", "show", "config").stdout
+    sacct = shared.run("sacct")
+    assert (sacct.returncode, sacct.stderr) == (1, "Slurm accounting storage is disabled\n")
+
+
+@pytest.mark.parametrize("text, hosts", [
+    ("gorgona[01-04,07]", "gorgona01 gorgona02 gorgona03 gorgona04 gorgona07"),
+    ("gorgona[098-101]", "gorgona098 gorgona099 gorgona100 gorgona101"), ("a[1-2],b3,c[5,7-8]", "a1 a2 b3 c5 c7 c8"),
+    ("rack[1-2]node[1-3]", "rack1node1 rack1node2 rack1node3 rack2node1 rack2node2 rack2node3"),
+    ("r[0-1]-n[08-10]", "r0-n08 r0-n09 r0-n10 r1-n08 r1-n09 r1-n10"),
+    ("n[1-2]x[3-4]y[5-6]", "n1x3y5 n1x3y6 n2x3y5 n2x3y6 n1x4y5 n1x4y6 n2x4y5 n2x4y6"),
+    ("n[5,1-2],a1", "n5 n1 n2 a1"), ("a1,a1,a2", "a1 a1 a2"), ("a[1-2,2-3]", "a1 a2 a2 a3"), ("n[9-010]", "n9 n10"),
+    ("n[001-3]", "n001 n002 n003"), ("[1-3]", "1 2 3"), ("n[1-2] m3", "n1 n2 m3"), ("a,,b", "a b"), ("(null)", "(null)")])
+def test_hostlists_expand(shared, text, hosts):
+    assert shared.run("scontrol", "show", "hostnames", text).stdout.split() == hosts.split()
+
+
+def test_bad_hostlists_are_said_so_with_code_0(shared):
+    for text in ("a[3-1]", "a[]", "a[b-c]", "n[0-4:2]", "a[1-3]b"):
+        done = shared.run("scontrol", "show", "hostnames", text)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "Invalid hostlist: %s\n" % text)
+    assert shared.run("scontrol", "show", "hostnames").returncode == 1
+    assert shared.run("scontrol", "show", "hostlist", "n1,n2,n3,n5,m01,m02").stdout == "n[1-3,5],m[01-02]\n"
+
+
+# The bench itself ----------------------------------------------------------------------------------
+
+def test_nothing_is_left_when_a_cluster_stops(tmp_path):
+    with FakeCluster(tmp_path, proctrack="linuxproc") as cluster:
+        script = "setsid nohup sleep 61 & env -i setsid sleep 62 & srun -N2 -n2 sleep 63"
+        subprocess.run(["sbatch", "-N2", "-o", "/dev/null", "--wrap", script], env=cluster.env, check=True, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + WAIT_S
+        while len([argv for _, _, argv in cluster.processes() if argv[0] == "sleep"]) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        pids = [pid for pid, _, _ in cluster.processes()]
+    assert not [pid for pid in pids if os.path.exists("/proc/%d" % pid)]
+
+
+def test_a_cluster_ends_with_the_process_that_wanted_it(tmp_path):
+    owner = subprocess.Popen(["sleep", "60"])
+    cluster = FakeCluster(tmp_path).start(watched_pid=owner.pid)
+    subprocess.run(["sbatch", "-o", "/dev/null", "--wrap", "sleep 60"], env=cluster.env, check=True, stdout=subprocess.DEVNULL)
+    owner.kill()
+    owner.wait()
+    assert cluster.controller.wait(WAIT_S) == 0
+    assert cluster.processes() == []
+
+
+def test_without_a_controller_the_commands_say_so(tmp_path):
+    cluster = FakeCluster(tmp_path).start()
+    cluster.stop()
+    done = subprocess.run(["squeue"], env=cluster.env, capture_output=True, text=True)
+    assert done.returncode == 1 and "Unable to contact slurm controller (connect failure)" in done.stderr

@@ -1,0 +1,146 @@
+"""Slurm's own formats, by our parsers; where the real one is at hand, held against it."""
+
+import os
+import shutil
+import subprocess
+
+import llmrun
+import pytest
+
+HOSTLISTS = """\
+gorgona1                -> gorgona1
+gorgona[1-4]            -> gorgona1 gorgona2 gorgona3 gorgona4
+gorgona[1,3-4]          -> gorgona1 gorgona3 gorgona4
+gorgona[01-04,07]       -> gorgona01 gorgona02 gorgona03 gorgona04 gorgona07
+gorgona[8-11]           -> gorgona8 gorgona9 gorgona10 gorgona11
+gorgona[098-101]        -> gorgona098 gorgona099 gorgona100 gorgona101
+a[1-2],b3,c[5,7-8]      -> a1 a2 b3 c5 c7 c8
+rack[1-2]node[1-3]      -> rack1node1 rack1node2 rack1node3 rack2node1 rack2node2 rack2node3
+r[0-1]-n[08-10]         -> r0-n08 r0-n09 r0-n10 r1-n08 r1-n09 r1-n10
+n[1-2]x[3-4]y[5-6]      -> n1x3y5 n1x3y6 n2x3y5 n2x3y6 n1x4y5 n1x4y6 n2x4y5 n2x4y6
+n[5,1-2],a1             -> n5 n1 n2 a1
+a1,a1,a2                -> a1 a1 a2
+a[1-2,2-3]              -> a1 a2 a2 a3
+n[9-010]                -> n9 n10
+n[001-3]                -> n001 n002 n003
+[1-3]                   -> 1 2 3
+n[1-2] m3               -> n1 n2 m3
+a,,b                    -> a b"""
+VECTORS = [(line.split("->")[0].strip(), line.split("->")[1].split()) for line in HOSTLISTS.splitlines()]
+
+
+@pytest.mark.parametrize("text, hosts", VECTORS, ids=[text for text, _ in VECTORS])
+def test_host_lists(text, hosts):
+    assert llmrun.expand_hostlist(text) == hosts
+
+
+@pytest.mark.parametrize("text", ["a[3-1]", "a[]", "a[b-c]", "n[0-4:2]", "a[1-2"])
+def test_what_is_no_host_list(text):
+    with pytest.raises(ValueError):
+        llmrun.expand_hostlist(text)
+
+
+def test_host_lists_are_what_scontrol_shows(cluster):
+    for text, hosts in VECTORS:
+        shown = subprocess.run(["scontrol", "show", "hostnames", text], env=dict(os.environ, **cluster.env), text=True,
+                               stdout=subprocess.PIPE)
+        assert shown.stdout.split() == hosts
+
+
+TIMES = "1=1 90=90 1:30=2 90:00=90 0:30=1 00:00:30=1 1:30:00=90 25:00:00=1500 1-0=1440 1-12=2160 1-12:30=2190 " \
+        "1-12:30:15=2191 0-1=60 0-0:5=5 2-25:00=4380 1:90=3 100:100:100=6102"
+
+
+@pytest.mark.parametrize("pair", TIMES.split())
+def test_times(pair):
+    text, minutes = pair.split("=")
+    assert llmrun.slurm_minutes(text) == int(minutes)
+
+
+@pytest.mark.parametrize("text", ["0", "00:00", "UNLIMITED", "infinite", "-1"])
+def test_times_without_end(text):
+    assert llmrun.slurm_minutes(text) == llmrun.UNLIMITED
+
+
+@pytest.mark.parametrize("text", ["1.5", "1h", "30m", "5min", "1d", "", " 10", "+5", "1:", ":1", "1:2:3:4", "1-2-3", "1-0:0:0:0"])
+def test_what_is_no_time(text):
+    with pytest.raises(ValueError):
+        llmrun.slurm_minutes(text)
+
+
+def test_the_roles_of_a_process():
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    batch = dict(job, SLURMD_NODENAME="n1", SLURM_TASK_PID="40")
+    assert llmrun.role_of({}, 40) == "login"
+    assert llmrun.role_of(job, 40) == "allocation"
+    assert llmrun.role_of(batch, 40) == "batch"
+    assert llmrun.role_of(batch, 41) == "job"
+    assert llmrun.role_of(dict(batch, SLURM_STEP_ID="0"), 40) == "task"
+    assert llmrun.role_of(dict(batch, SLURM_STEP_ID="0", SLURM_PTY_PORT="1"), 40) == "shell"
+
+
+def test_inside_a_job_nothing_of_it_reaches_sbatch_and_outside_the_users_wishes_do():
+    wishes = {"SBATCH_PARTITION": "gpu", "PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf"}
+    assert llmrun.submit_environment(wishes) == wishes
+    inside = dict(wishes, SLURM_JOB_ID="1", SLURM_STEP_ID="0", SRUN_DEBUG="3", PMIX_RANK="0", SLURM_MEM_PER_NODE="1")
+    assert llmrun.submit_environment(inside) == {"PATH": "/bin", "SLURM_CONF": "/etc/slurm.conf"}
+
+
+@pytest.mark.parametrize("gres, gpus", [("gpu:2(IDX:0-1)", "2"), ("gpu:a100:4(IDX:0-3)", "4"), ("", None), ("gpu(S:0):8", None)])
+def test_the_gpus_of_each_node(gres, gpus):
+    detail = f"JobId=7 TRES=x Nodes=n[1-2] CPU_IDs=0-3 Mem=0 GRES={gres} MinCPUsNode=1"
+    assert llmrun.gpus_of_nodes(detail).get("n2") == gpus
+
+
+def test_partitions_as_scontrol_shows_them(cluster, monkeypatch):
+    for name, value in cluster.env.items():
+        monkeypatch.setenv(name, value)
+    partitions = {p.name: p for p in llmrun.Slurm(os.environ).partitions()}
+    assert partitions["main"].is_default and partitions["main"].max_minutes == 240 and partitions["main"].nodes == 4
+    assert partitions["short"].max_nodes == 2 and partitions["short"].max_minutes == 5
+
+
+@pytest.mark.parametrize("message, key", [
+    ("sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid partition name specified",
+     "partition"),
+    ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified", "account"),
+    ("sbatch: error: Batch job submission failed: Invalid qos specification", "qos"),
+    ("sbatch: error: Invalid generic resource (gres) specification", "gpus_per_node"),
+    ("sbatch: error: Memory specification can not be satisfied\nsbatch: error: Batch job submission failed: "
+     "Requested node configuration is not available", "mem"),
+    ("sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "time"),
+    ("sbatch: error: Batch job submission failed: Node count specification invalid", "nodes"),
+    ("sbatch: error: Batch job submission failed: Invalid feature specification", "constraint"),
+    ("sbatch: error: Batch job submission failed: Requested reservation is invalid", "reservation")])
+def test_a_refusal_is_told_at_its_key(message, key):
+    error = llmrun.refusal(llmrun.Config(source="config.toml"), message)
+    assert f"[slurm] {key} = " in str(error) and error.mend and "sbatch" not in str(error)
+
+
+def test_no_slurm_here_is_one_line():
+    with pytest.raises(llmrun.ClusterError, match="login node"):
+        llmrun.Slurm({"PATH": "/nowhere"}).call("squeue-is-not-here")
+    assert shutil.which("squeue-is-not-here") is None
+
+
+def test_job_scripts_are_shell_whatever_stands_in_the_config(tmp_path):
+    nasty = "a'b\"c $HOME `id` \\ ;#"
+    config = llmrun.build_config(llmrun.Config, {"environment": {
+        "modules": [nasty], "conda": nasty, "vars": {"A": nasty, "B": "it's `id` \\ plain"}},
+        "slurm": {"extra": {"comment": "x y"}}}, "c", None)
+    text = llmrun.job_script(config, 1, "/x y/o", ["/r/llmrun.py", "drive", "/r x"], "/usr/bin/python3")
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    body = text[text.index("# ── 2"):].replace('exec "$python" -E', "printf '%s\\n' \"$A\" \"$B\" --")
+    body = "module() { printf 'module %s\\n' \"$*\"; }; conda() { [ \"$1\" = activate ] && printf '%s\\n' \"$2\"; }\n" + body
+    done = subprocess.run(["bash", "-c", body], stdout=subprocess.PIPE, text=True, env={"HOME": "/h", "PATH": os.environ["PATH"]})
+    assert done.stdout.splitlines() == [f"module load {nasty}", nasty, nasty.replace("$HOME", "/h"), "it's `id` \\ plain",
+                                        "--", "/r/llmrun.py", "drive", "/r x"]
+
+
+def test_the_warning_comes_with_time_to_spare_but_not_before_half_the_job():
+    def warned(time, grace):
+        config = llmrun.build_config(llmrun.Config, {"slurm": {"time": time, "grace": grace}}, "c", None)
+        return [line for line in llmrun.sbatch_lines(config, 1, "o") if "--signal" in line][0].partition("USR1@")[2]
+    assert warned("04:00:00", 120) == "120" and warned("2", "5min") == "60" and warned("UNLIMITED", 120) == "120"

@@ -1,0 +1,145 @@
+"""The Wire against peers that behave and peers that do not."""
+
+import asyncio
+import contextlib
+
+import llmrun
+import pytest
+
+
+def run(work):
+    return asyncio.run(asyncio.wait_for(work, 20))
+
+
+@contextlib.asynccontextmanager
+async def server_saying(*replies, then="close"):
+    """A raw server: to the n-th request it says the n-th of these bytes, then closes or stays silent."""
+    replies = iter(replies)
+
+    async def talk(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                for piece in next(replies, b"").split(b"|"):
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+                if then == "close":
+                    writer.close()
+                    return
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    client = llmrun.Client("127.0.0.1", server.sockets[0].getsockname()[1])
+    try:
+        yield client
+    finally:
+        client.close()
+        server.close()
+
+
+async def ask(*replies, then="close", timeout_s=5.0):
+    async with server_saying(*replies, then=then) as client:
+        return await client.request("GET", "/", timeout_s=timeout_s)
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
+
+
+@pytest.mark.parametrize("reply", [
+    OK, b"|".join(OK[i:i + 1] for i in range(len(OK))),
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nh\r\n1;x=y\r\ni\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r|\n1|\r\nh\r|\n1\r\ni\r\n0\r\nTrailer: x\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\n\r\nhi", b"HTTP/1.1 100 Continue\r\n\r\n" + OK, b"HTTP/1.1 200 OK\r\ncontent-length:2\r\n\r\nhi"])
+def test_a_whole_answer_is_read_however_it_comes(reply):
+    message = run(ask(reply))
+    assert message.status == 200 and message.body == b"hi"
+
+
+@pytest.mark.parametrize("reply, words", [
+    (b"", "broke"), (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", "broke"), (b"HTTP/1.1 200 OK\r\nConte", "broke"),
+    (b"SSH-2.0-OpenSSH\r\n\r\n", "not HTTP"), (b"HTTP/1.1 OK\r\n\r\n", "not HTTP"), (b"\x00\xff" * 40000, "no end"),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000, "no end"), (b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n", "not a header"),
+    (b"HTTP/1.1 200 OK\r\n folded: x\r\n\r\n", "not a header"), (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "content-length"),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n", "content-length"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "chunk"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nFFFFFFFF\r\n", "endless"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhello", "longer"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n", "broke")])
+def test_a_malformed_answer_is_an_error_at_once(reply, words):
+    with pytest.raises(llmrun.WireError, match=words):
+        run(ask(reply))
+
+
+def test_a_silent_server_costs_no_more_than_the_time_allowed():
+    began = llmrun.clock()
+    with pytest.raises(llmrun.WireError, match="time allowed"):
+        run(ask(b"", then="silence", timeout_s=0.5))
+    assert llmrun.clock() - began < 4
+
+
+def test_nobody_there_is_told_apart_from_a_broken_answer():
+    async def work():
+        await llmrun.Client("127.0.0.1", 1).request("GET", "/")
+    with pytest.raises(llmrun.Unreachable, match="cannot connect"):
+        run(work())
+
+
+def test_connections_are_kept_and_a_closed_one_is_replaced_unseen():
+    async def work():
+        async with server_saying(OK, b"", OK, then="silence") as client:
+            first = await client.request("GET", "/")
+            assert len(client.idle) == 1
+            client.idle[0].transport.close()  # the server's end of a rest
+            return first, await client.request("GET", "/", timeout_s=0.5)
+    with pytest.raises(llmrun.WireError, match="time allowed"):
+        run(work())  # the second request went out on a new connection, and met the silence meant for it
+
+
+def test_a_connection_that_the_server_closed_while_it_rested_is_asked_again():
+    async def work():
+        async with server_saying(OK, OK, then="close") as client:
+            answers = [(await client.request("GET", "/")).status]
+            client.idle.extend(client.all)  # as if the close had not been seen yet
+            answers.append((await client.request("GET", "/")).status)
+            return answers
+    assert run(work()) == [200, 200]
+
+
+def test_two_answers_to_one_request_end_the_connection():
+    async def work():
+        async with server_saying(OK + OK, OK, then="silence") as client:
+            first = await client.request("GET", "/")
+            assert first.body == b"hi" and not client.idle, "a connection that says too much is not used again"
+            return await client.request("GET", "/")
+    assert run(work()).body == b"hi"
+
+
+def test_the_server_answers_pipelined_requests_in_turn_and_refuses_garbage():
+    async def work():
+        async def answer(request):
+            await asyncio.sleep(0.05 if "slow" in request.start else 0)
+            return llmrun.http_response(200, request.start)
+        server = await llmrun.serve_http("127.0.0.1", 0, answer)
+        port = server.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /slow HTTP/1.1\r\n\r\nPOST /quick HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc")
+        first = await reader.readuntil(b'1.1"')
+        second = await reader.readuntil(b'1.1"')
+        assert b"/slow" in first and b"/quick" in second
+        writer.write(b"no\r\nheader\r\n\r\n")
+        assert b"400" in await reader.readuntil(b"\r\n")
+        server.close()
+    run(work())
+
+
+def test_an_end_of_waiting_is_not_lost_when_the_work_ends_with_it():
+    """A cancellation that comes in the same moment as the work's end must arrive."""
+    async def work():
+        ended = asyncio.get_running_loop().create_future()
+        waiting = asyncio.ensure_future(llmrun.within(5, ended))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ended.set_result(1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+    run(work())
