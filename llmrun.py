@@ -3496,6 +3496,8 @@ def state_of(run, jobs, slurm):
 
 
 def state_before_start(run, job_id, job):
+    if not job_id:
+        return {"state": "starting"}
     if job is None or job.state in ENDED_STATES:
         said = log_tail(run.job_output(job_id))
         why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
@@ -3534,7 +3536,8 @@ def follow(run, slurm, child=None, quiet=False):
         if ended and state["exit_code"] is None:
             state = state_of(run, jobs, slurm)
             said = log_tail(run.logs / "slurm-0.out")
-            state.update(state="failed", exit_code=CLUSTER_FAILED, detail=said[-1] if said else "it ended without a word")
+            state.update(state="failed", exit_code=child.returncode if child.returncode > 0 else CLUSTER_FAILED,
+                         detail=said[-1] if said else "it ended without a word")
         line = state_line(state)
         if not quiet and line != told:
             told = line

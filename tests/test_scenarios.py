@@ -120,7 +120,7 @@ def test_salloc_and_run_use_the_allocation(site):
 
 def test_run_inside_an_interactive_step_uses_the_allocation(site):
     site.config(slurm={"nodes": 2})
-    done = subprocess.run(["srun", "-N2", "-n1", "--time=5", sys.executable, "llmrun.py", "run", "config.json"],
+    done = subprocess.run(["salloc", "-N2", "--time=5", "srun", "-N1", "-n1", sys.executable, "llmrun.py", "run", "config.json"],
                           cwd=site.folder, env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=60)
     assert done.returncode == 0, done.stdout + site.job_output()
@@ -230,6 +230,15 @@ def test_logs_and_results_show_a_run_by_name_job_or_folder(site):
     assert json.loads(site.llmrun("status", job, "--json"))["done"] == 6
     record = json.loads(site.llmrun("results", job, "--format", "jsonl").splitlines()[0])
     assert record["custom_id"] == "part0/000.txt"
+
+
+def test_run_in_too_small_an_allocation_says_so(site):
+    site.config(slurm={"nodes": 3})
+    done = subprocess.run(["salloc", "-N2", "--time=5", sys.executable, "llmrun.py", "run", "config.json"], cwd=site.folder,
+                          env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 2, done.stdout
+    assert "has 2 nodes and the config wants 3" in done.stdout
 
 
 def test_cancel_stops_a_run(site):
