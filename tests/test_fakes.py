@@ -264,6 +264,7 @@ def test_term_cuts_streams_but_waits_for_the_clients_of_plain_requests(start):
     server = start(FAKE_LLAMA_TOKENS_PER_S=5, FAKE_LLAMA_ANSWER_TOKENS=100)
     stream, plain = post(server, stream=True, max_tokens=100), post(server, max_tokens=100)
     stream.getresponse().readline()
+    until(lambda: sum(slot["is_processing"] for slot in server.get("/slots")[1]) == 2, server)
     server.process.terminate()
     time.sleep(0.3)
     assert server.process.poll() is None
@@ -348,9 +349,9 @@ def test_the_old_one_knows_fewer_words(start):
     assert server.chat(messages=None)[0] == server.chat(n=2)[0] == 500
 
 
-def test_pings_fill_a_silent_stream(start):
-    server = start("--sse-ping-interval", "1", FAKE_LLAMA_TTFT_S=1.3)
-    assert server.chat(stream=True)[1].startswith(":\n\n")
+def test_pings_fill_the_silence_between_two_tokens(start):
+    server = start("--sse-ping-interval", "1", FAKE_LLAMA_TOKENS_PER_S=0.8)
+    assert "}\n\n:\n\ndata: {" in server.chat(stream=True, max_tokens=2)[1]
 
 
 def test_slots_are_few_and_the_queue_has_no_end(start):

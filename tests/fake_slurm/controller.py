@@ -1,0 +1,473 @@
+"""The one process of a fake cluster: slurmctld and every slurmd in one asyncio loop.
+
+It schedules jobs, starts their processes, keeps their time and answers the clients. What a client
+prints is made in commands.py, steps.py and show.py; who gets a signal is decided here."""
+
+import asyncio
+import os
+import shutil
+import signal
+import time
+
+from .conf import read_conf
+from .dependencies import judge_dependency
+from .environment import batch_variables
+from .formats import UNLIMITED
+from .model import Node, Step, Task
+from .processes import CLUSTER_MARK, Tracking, adopt_orphans, descendants, marks, send, spawn, start_time, with_marks
+from .request import partition_reason, place
+from .wire import SOCKET, Frames, pack, socket_address
+
+SIGNAL_GAP_S = 0.004        # between CONT and TERM; Slurm's are milliseconds apart, in this order
+NOTICES = {"CANCELLED": "", "TIMEOUT": " DUE TO TIME LIMIT", "PREEMPTED": " DUE TO PREEMPTION",
+           "REQUEUED": " DUE TO JOB REQUEUE", "NODE_FAIL": " DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"}
+
+
+class Controller:
+    def __init__(self, folder, conf_path):
+        self.folder, self.conf_path = folder, conf_path
+        self.state = os.path.join(folder, "state")
+        self.bin = os.path.join(folder, "bin")
+        with open(conf_path) as file:
+            self.conf = read_conf(file.read())
+        self.nodes = {name: Node(conf) for name, conf in self.conf.nodes.items()}
+        self.tracking = Tracking(folder, self.conf.cgroup)
+        self.jobs = {}
+        self.last_id = 0
+        self.children = {}                  # pid -> what to call with its status
+        self.loop = asyncio.get_running_loop()
+        self.stopping = asyncio.Event()
+        self.scheduled = False
+        self.background = set()
+
+    # Time and errands ------------------------------------------------------------------------
+
+    def soon(self, coroutine):
+        task = self.loop.create_task(coroutine)
+        self.background.add(task)
+        task.add_done_callback(self.forget_errand)
+
+    def forget_errand(self, task):
+        self.background.discard(task)
+        if not task.cancelled() and task.exception():
+            self.loop.call_exception_handler({"message": "errand failed", "exception": task.exception()})
+
+    async def tick(self):
+        """The slow cycle: time limits, warnings and estimates are looked at only here."""
+        while True:
+            await asyncio.sleep(self.conf.number("FakeTick"))
+            now = time.time()
+            for job in list(self.jobs.values()):
+                if job.shown_state == "RUNNING" and job.end_at:
+                    self.watch_time(job, now)
+                elif not job.live and now - job.ended > self.conf.number("MinJobAge"):
+                    self.forget(job)
+            self.schedule_now(backfill=True)
+
+    def watch_time(self, job, now):
+        request = job.request
+        warn = request.signal and request.signal_lead and not job.warned
+        if now >= job.end_at:
+            self.end(job, "TIMEOUT", "TimeLimit")
+        elif warn and now + self.conf.number("FakeTick") + request.signal_lead >= job.end_at:
+            job.warned = True
+            if request.signal_batch:
+                steps = [job.batch] if job.batch else []
+                self.soon(self.signal_steps(steps, signal.SIGCONT, request.signal, direct=True))
+            else:
+                self.soon(self.signal_steps(job.steps.values(), signal.SIGCONT, request.signal))
+
+    def forget(self, job):
+        del self.jobs[job.id]
+
+    # Jobs --------------------------------------------------------------------------------------
+
+    def new_id(self):
+        self.last_id += 1
+        return self.last_id
+
+    def add(self, job):
+        self.jobs[job.id] = job
+        job.held = job.request.hold
+        job.comment = job.request.comment
+        job.eligible = None if job.held else max(job.submitted, job.request.begin or 0)
+        job.priority = 0 if job.held else 4294901760 - job.id
+        job.time_limit = self.time_limit(job.request)
+        if job.request.begin:
+            self.loop.call_later(max(0, job.request.begin - time.time()) + 0.01, self.schedule)
+        self.schedule()
+
+    def time_limit(self, request):
+        if request.time_limit is not None:
+            return request.time_limit
+        partition = self.conf.partitions[request.partitions[0]]
+        return partition.default_time or partition.max_time
+
+    def schedule(self):
+        """Many events, one pass."""
+        if not self.scheduled:
+            self.scheduled = True
+            self.loop.call_soon(self.schedule_now)
+
+    def schedule_now(self, backfill=False):
+        self.scheduled = False
+        waiting = [job for job in self.jobs.values() if job.state == "PENDING"]
+        waiting.sort(key=lambda job: (-max(self.conf.partitions[name].priority_tier for name in job.request.partitions),
+                                      -job.priority))
+        blocked = {}                        # partition -> when its first waiting job may start
+        for job in waiting:
+            job.reason = self.obstacle(job)
+            if job.reason == "None":
+                self.try_partitions(job, blocked, backfill)
+
+    def obstacle(self, job):
+        """Why a job is not even looked at, or None."""
+        now = time.time()
+        if job.held:
+            return "JobHeldUser"
+        verdict = judge_dependency(job, self.jobs)
+        if verdict != "met":
+            return self.unmet(job, verdict)
+        if job.eligible is None or job.eligible > now:
+            return "BeginTime"
+        reasons = [partition_reason(job.request, self.conf, name) for name in job.request.partitions]
+        return reasons[0] if all(reasons) else "None"
+
+    def unmet(self, job, verdict):
+        job.failed_dependency = verdict == "never"
+        if verdict == "never" and job.request.kill_on_invalid_dep:
+            self.end(job, "CANCELLED", "DependencyNeverSatisfied")
+        return "DependencyNeverSatisfied" if verdict == "never" else "Dependency"
+
+    def try_partitions(self, job, blocked, backfill):
+        for name in job.request.partitions:
+            partition = self.conf.partitions[name]
+            if partition_reason(job.request, self.conf, name):
+                continue
+            limit = 0 if job.time_limit == UNLIMITED else job.time_limit * 60
+            behind = name in blocked and not (backfill and limit and time.time() + limit <= (blocked[name] or 0))
+            shares = {} if behind else place(job.request, self.conf, [self.nodes[node] for node in partition.nodes],
+                                             partition.max_nodes)
+            if shares:
+                return self.start(job, name, shares)
+            job.reason = "Priority" if name in blocked else self.wait_reason(job, partition)
+            if job.reason != "BadConstraints" and name not in blocked:
+                blocked[name] = self.estimate(job, partition)
+                job.planned = blocked[name] if backfill else job.planned
+
+    def wait_reason(self, job, partition):
+        empty = [Node(self.conf.nodes[name]) for name in partition.nodes]
+        return "Resources" if place(job.request, self.conf, empty, partition.max_nodes) else "BadConstraints"
+
+    def estimate(self, job, partition):
+        """When the jobs that run now would have made room, were each to use all its time."""
+        running = sorted((other for other in self.jobs.values() if other.shares and other.end_at),
+                         key=lambda other: other.end_at)
+        nodes = {name: Node(self.conf.nodes[name], dict(self.nodes[name].holders)) for name in partition.nodes}
+        for other in running:
+            for node in nodes.values():
+                node.holders.pop(other.id, None)
+            if place(job.request, self.conf, list(nodes.values()), partition.max_nodes):
+                return other.end_at
+        return None
+
+    def start(self, job, partition, shares):
+        now = time.time()
+        job.partition, job.shares, job.started = partition, shares, now
+        job.state, job.reason, job.planned = "RUNNING", "None", None
+        job.end_at = None if job.time_limit == UNLIMITED else now + job.time_limit * 60
+        for name, share in shares.items():
+            self.nodes[name].holders[job.id] = share
+        job.allocated.set()
+        if job.script is not None:
+            self.start_batch(job)
+
+    def end(self, job, state, reason="None"):
+        """A job is taken away: cancelled, out of time. Its processes have KillWait to leave."""
+        if not job.live or job.completing and job.state != "RUNNING":
+            return
+        pending = job.state == "PENDING"
+        job.state, job.reason, job.ended = state, reason, time.time()
+        if pending:
+            return self.finish(job)
+        job.completing = True
+        self.announce(job, NOTICES[state])
+        self.soon(self.ask_to_leave(job, twice=state in ("TIMEOUT", "PREEMPTED")))
+        self.kill_later(job)
+        self.settle(job)
+
+    async def ask_to_leave(self, job, twice):
+        """The steps first: under linuxproc the TERM that follows reaches the sruns of the script too,
+        and an srun that gets it kills its tasks at once."""
+        early = [signal.SIGTERM] if twice else []
+        await self.signal_steps(job.steps.values(), *early, signal.SIGCONT, signal.SIGTERM)
+        if job.batch:
+            await asyncio.sleep(SIGNAL_GAP_S)
+            await self.signal_steps([job.batch], signal.SIGCONT, signal.SIGTERM)
+
+    def announce(self, job, notice):
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S")
+        if job.batch and job.batch.alive:
+            self.write_output(job, "slurmstepd-%s: error: *** JOB %d ON %s CANCELLED AT %s%s ***\n"
+                              % (job.nodes[0], job.id, job.nodes[0], moment, notice))
+        for step in job.steps.values():
+            step.announce(notice)
+        if job.client:
+            job.client.revoked(job)
+
+    def write_output(self, job, text):
+        try:
+            with open(job.error or job.output, "a") as file:
+                file.write(text)
+        except OSError:
+            pass
+
+    def kill_later(self, job):
+        self.loop.call_later(self.conf.number("KillWait"), self.kill_all, job, job.started)
+
+    def kill_all(self, job, started):
+        """Not the next run of the same job."""
+        if job.completing and job.started == started:
+            for step in job.all_steps():
+                self.tracking.signal(step, signal.SIGKILL)
+
+    async def signal_steps(self, steps, *numbers, direct=False):
+        """direct: only the processes themselves, as the B: of --signal and scancel -b do."""
+        steps = list(steps)
+        for position, number in enumerate(numbers):
+            if position:
+                await asyncio.sleep(SIGNAL_GAP_S)
+            for step in steps:
+                if direct:
+                    send([task.pid for task in step.tasks if task.alive], number)
+                else:
+                    self.tracking.signal(step, number)
+
+    def settle(self, job):
+        """A job that is ending is over when none of its tasks lives and nobody holds it."""
+        if job.completing and not any(step.alive for step in job.all_steps()) and not job.steps:
+            self.finish(job)
+
+    def finish(self, job):
+        job.completing = False
+        job.ended = time.time()
+        for node in self.nodes.values():
+            node.holders.pop(job.id, None)
+        if job.batch:
+            shutil.rmtree(self.spool(job), ignore_errors=True)
+        job.finished.set()
+        job.allocated.set()
+        self.schedule()
+
+    # The batch script ------------------------------------------------------------------------------
+
+    def spool(self, job):
+        return os.path.join(self.state, "spool", job.nodes[0], "job%05d" % job.id)
+
+    def start_batch(self, job):
+        node = job.nodes[0]
+        task = Task(0, 0, node, 0)
+        job.batch = task.step = Step(job, "batch", "batch", {node: job.shares[node]}, tasks=[task], started=time.time())
+        folder = self.spool(job)
+        os.makedirs(folder, 0o750, exist_ok=True)
+        script = os.path.join(folder, "slurm_script")
+        with open(os.open(script, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o700), "wb") as file:
+            file.write(job.script)
+        try:
+            files = self.open_files(job)
+        except OSError:
+            return self.launch_failed(job)
+        environment = {**batch_variables(job, self.conf, self.conf_path), **marks(self.folder, job.batch.label, node)}
+        cwd = job.workdir if os.path.isdir(job.workdir) else "/tmp"
+        try:
+            task.pid = spawn([script, *job.argv], environment, cwd, job.umask, files)
+            self.watch(task, self.batch_ended)
+        except OSError as error:
+            os.write(files[2], b"slurmstepd: error: execve(): bad interpreter(%s): No such file or directory\n"
+                     % job.script.split(b"\n")[0][2:].strip() if error.errno == 2 else
+                     os.fsencode("slurmstepd: error: execve(): %s: %s\n" % (script, error.strerror)))
+            self.batch_ended(task, 2 << 8)
+        finally:
+            for descriptor in files:
+                os.close(descriptor)
+
+    def open_files(self, job):
+        """stdin, stdout, stderr; the output is emptied at each start unless --open-mode=append."""
+        if self.conf.since("23.02"):
+            os.makedirs(os.path.dirname(job.output), exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if job.request.append else os.O_TRUNC)
+        files = []
+        try:
+            files.append(os.open(job.input, os.O_RDONLY))
+            files.append(os.open(job.output, flags, 0o666 & ~job.umask))
+            files.append(os.open(job.error, flags, 0o666 & ~job.umask) if job.error else os.dup(files[1]))
+        except OSError:
+            for descriptor in files:
+                os.close(descriptor)
+            raise
+        return files
+
+    def launch_failed(self, job):
+        """Nobody is told: there is no file to tell it in."""
+        job.state, job.reason, job.exit_code, job.exit_signal = "FAILED", "JobLaunchFailure", 0, 53
+        self.finish(job)
+
+    def batch_ended(self, task, status):
+        job = task.step.job
+        task.status = status
+        job.exit_code, job.exit_signal = status >> 8, status & 127
+        self.tracking.clear(task.step, task.node)
+        if not job.completing:
+            job.state = "COMPLETED" if status == 0 else "FAILED"
+            job.reason = "None" if status == 0 else "JobLaunchFailure" if job.launch_failure else "NonZeroExitCode"
+            self.close(job)
+        self.settle(job)
+
+    def close(self, job):
+        """A job ends by itself; what is left of its steps is told so."""
+        job.completing, job.ended = True, time.time()
+        if any(step.alive for step in job.steps.values()):
+            for step in job.steps.values():
+                step.announce("")
+            self.soon(self.signal_steps(job.steps.values(), signal.SIGCONT, signal.SIGTERM))
+            self.kill_later(job)
+
+    # Children --------------------------------------------------------------------------------------
+
+    def watch(self, task, ended):
+        self.children[task.pid] = (task, ended)
+
+    def reap(self):
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            task, ended = self.children.pop(pid, (None, None))
+            if task:
+                ended(task, status)
+
+    def kill_everything(self):
+        """Until nothing is left: what is killed may just have forked."""
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            self.reap()
+            left = descendants([os.getpid()]) + with_marks(**{CLUSTER_MARK: self.folder})
+            left = [pid for pid in left if start_time(pid)]
+            if not left:
+                return
+            send(left, signal.SIGKILL)
+            time.sleep(0.01)
+
+    # The door --------------------------------------------------------------------------------------
+
+    async def serve(self):
+        folder = os.open(self.state, os.O_PATH)
+        address = socket_address(folder)
+        if os.path.exists(os.path.join(self.state, SOCKET)):
+            os.unlink(os.path.join(self.state, SOCKET))
+        server = await asyncio.start_unix_server(self.greet, address + ".new", limit=1 << 22)
+        os.rename(os.path.join(self.state, SOCKET + ".new"), os.path.join(self.state, SOCKET))
+        return server
+
+    async def greet(self, reader, writer):
+        from .commands import answer
+        client = Client(reader, writer, self)
+        try:
+            await answer(self, client)
+            await client.listening      # what it still says must not meet a closed door
+        except (ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    async def guard(self, watched_pid):
+        """No orphans: ends with the folder, or with the process that wanted this cluster."""
+        born, place_born = start_time(watched_pid), inode(self.state)
+        while inode(self.state) == place_born and (not watched_pid or start_time(watched_pid) == born is not None):
+            await asyncio.sleep(0.5)
+        self.stopping.set()
+
+
+def inode(path):
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+class Client:
+    """A command that waits for its answer."""
+
+    def __init__(self, reader, writer, controller):
+        self.reader, self.writer, self.controller = reader, writer, controller
+        self.messages = asyncio.Queue()
+        self.hear = self.messages.put_nowait      # or what a step puts in its place
+        self.gone = False
+        self.tool, self.environment = "", {}
+        self.listening = controller.loop.create_task(self.listen())
+
+    async def listen(self):
+        frames = Frames()
+        while True:
+            try:
+                data = await self.reader.read(1 << 18)
+            except ConnectionError:
+                data = b""
+            if not data:
+                self.gone = True
+                self.hear(("gone",))
+                return
+            for message in frames.feed(data):
+                self.hear(message if isinstance(message, tuple) else ("hello", message))
+
+    def say(self, *message):
+        if not self.gone:
+            self.writer.write(pack(message))
+
+    def out(self, text, fd=1):
+        if text:
+            self.say("out", fd, text if isinstance(text, bytes) else os.fsencode(text))
+
+    def err(self, *lines):
+        for line in lines:
+            self.out(line + "\n", 2)
+
+    async def read_file(self, path):
+        """Its bytes, or raises OSError; None is the client's stdin."""
+        self.say("read", path)
+        verb, value = await self.messages.get() if not self.gone else ("gone", 5)
+        if isinstance(value, int):
+            raise OSError(value, os.strerror(value))
+        return value
+
+    def revoked(self, job):
+        """salloc and srun are told when their allocation goes."""
+        if self.tool == "salloc":
+            self.err("salloc: Job allocation %d has been revoked." % job.id)
+            self.say("kill", int(signal.SIGHUP))
+
+
+async def run(folder, conf_path, watched_pid):
+    controller = Controller(folder, conf_path)
+    adopt_orphans()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGCHLD, controller.reap)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, controller.stopping.set)
+    server = await controller.serve()
+    controller.soon(controller.tick())
+    controller.soon(controller.guard(watched_pid))
+    await controller.stopping.wait()
+    server.close()
+    loop.remove_signal_handler(signal.SIGCHLD)
+    controller.kill_everything()
+    os._exit(0)
+
+
+def main(argv):
+    folder, conf_path, watched_pid = argv
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    asyncio.run(run(folder, conf_path, int(watched_pid)))

@@ -1,0 +1,204 @@
+"""What the controller knows: nodes, jobs, steps, tasks. Data and small questions about it."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Optional
+
+from .conf import NodeConf
+from .formats import UNLIMITED
+
+CODES = {"PENDING": "PD", "RUNNING": "R", "SUSPENDED": "S", "COMPLETING": "CG", "CONFIGURING": "CF",
+         "COMPLETED": "CD", "CANCELLED": "CA", "FAILED": "F", "TIMEOUT": "TO", "NODE_FAIL": "NF",
+         "PREEMPTED": "PR", "BOOT_FAIL": "BF", "DEADLINE": "DL", "OUT_OF_MEMORY": "OOM",
+         "REQUEUED": "RQ", "REQUEUE_HOLD": "RH", "RESIZING": "RS", "STOPPED": "ST", "SIGNALING": "SI",
+         "STAGE_OUT": "SO", "SPECIAL_EXIT": "SE", "REVOKED": "RV"}
+LIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a job or a step holds on one node."""
+    cpus: int
+    memory: int
+    gpus: tuple = ()
+    tasks: int = 1
+
+
+@dataclass
+class Node:
+    conf: NodeConf
+    holders: dict = field(default_factory=dict)     # job id -> Share
+    drained: bool = False
+    reason: str = ""
+
+    @property
+    def name(self):
+        return self.conf.name
+
+    @property
+    def free_cpus(self):
+        return self.conf.cpus - sum(share.cpus for share in self.holders.values())
+
+    @property
+    def free_memory(self):
+        return self.conf.memory - sum(share.memory for share in self.holders.values())
+
+    @property
+    def free_gpus(self):
+        held = {gpu for share in self.holders.values() for gpu in share.gpus}
+        return tuple(gpu for gpu in range(self.conf.gpus) if gpu not in held)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job asks of the cluster, read from its options."""
+    name: str
+    partitions: tuple
+    min_nodes: int = 1
+    max_nodes: int = 1
+    nodes_given: bool = False
+    ntasks: int = 0                       # 0: not asked, one a node
+    ntasks_per_node: int = 0
+    cpus_per_task: int = 1
+    cpus_given: bool = False
+    memory: Optional[int] = None          # MB a node; 0: the whole node
+    memory_per_cpu: Optional[int] = None
+    gpus_per_node: int = 0
+    gpus: int = 0
+    gpus_per_task: int = 0
+    gres: str = ""
+    nodelist: tuple = ()
+    exclude: tuple = ()
+    features: str = ""
+    exclusive: bool = False
+    time_limit: object = None             # minutes, UNLIMITED or None: the partition's
+    dependency: str = ""
+    begin: Optional[float] = None
+    hold: bool = False
+    comment: str = ""
+    signal: int = 0
+    signal_batch: bool = False
+    signal_lead: int = 60
+    no_kill: bool = False
+    requeue: bool = True
+    append: bool = False
+    kill_on_invalid_dep: bool = False
+
+    @property
+    def tasks(self):
+        return self.ntasks or self.ntasks_per_node * self.min_nodes or self.min_nodes
+
+
+@dataclass
+class Task:
+    """One process that a node's slurmstepd would have started."""
+    procid: int
+    localid: int
+    node: str
+    nodeid: int
+    pid: int = 0
+    status: Optional[int] = None          # as waitpid gives it
+    step: object = None
+    stdin: object = None                  # a write transport
+    early_input: list = field(default_factory=list)     # what came before stdin was open
+    open_streams: int = 0
+
+    @property
+    def alive(self):
+        return self.pid != 0 and self.status is None
+
+
+@dataclass
+class Step:
+    """A batch script or what one srun runs."""
+    job: object
+    id: object                            # "batch" or a number
+    name: str
+    shares: dict = field(default_factory=dict)      # node -> Share
+    overlap: bool = False
+    tasks: list = field(default_factory=list)
+    client: object = None
+    started: float = 0
+    cancelled: bool = False
+    killed: bool = False
+    announce: object = lambda notice: None              # tells its srun that it is being ended
+
+    @property
+    def nodes(self):
+        return list(self.shares)
+
+    @property
+    def alive(self):
+        return any(task.alive for task in self.tasks)
+
+    @property
+    def label(self):
+        return "%s.%s" % (self.job.id, self.id)
+
+
+@dataclass
+class Job:
+    id: int
+    request: Request
+    environment: dict
+    partition: str
+    uid: int
+    gid: int
+    user: str
+    submitted: float
+    script: Optional[bytes] = None        # None: an allocation by salloc or srun
+    argv: tuple = ()
+    command: str = "(null)"
+    workdir: str = "/"
+    umask: int = 0o022
+    output: str = ""
+    raw_output: str = ""                  # with its patterns, as squeue -O shows it
+    error: str = ""
+    input: str = "/dev/null"
+    state: str = "PENDING"
+    completing: bool = False
+    reason: str = "None"
+    time_limit: object = UNLIMITED        # minutes
+    eligible: Optional[float] = None
+    started: Optional[float] = None
+    ended: Optional[float] = None
+    end_at: Optional[float] = None        # when the time limit ends it
+    planned: Optional[float] = None
+    exit_code: int = 0
+    exit_signal: int = 0
+    shares: dict = field(default_factory=dict)      # node -> Share
+    batch: Optional[Step] = None
+    steps: dict = field(default_factory=dict)
+    next_step: int = 0
+    client: object = None                 # the salloc or srun that holds it
+    comment: str = ""
+    held: bool = False
+    warned: bool = False
+    priority: int = 0
+    failed_dependency: bool = False
+    restarts: int = 0
+    array_job: int = 0                    # 0: no array task
+    array_task: Optional[int] = None
+    preempted_at: Optional[float] = None
+    launch_failure: bool = False
+    finished: asyncio.Event = field(default_factory=asyncio.Event)
+    allocated: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def nodes(self):
+        return list(self.shares)
+
+    @property
+    def shown_state(self):
+        return "COMPLETING" if self.completing else self.state
+
+    @property
+    def live(self):
+        return self.shown_state in LIVE
+
+    @property
+    def tasks_per_node(self):
+        return [share.tasks for share in self.shares.values()]
+
+    def all_steps(self):
+        return ([self.batch] if self.batch else []) + list(self.steps.values())
