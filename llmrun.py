@@ -1968,7 +1968,10 @@ class Agent:
         process = Process(**process)
         env = {name: value for name, value in os.environ.items() if not name.startswith(tuple(process.without))}
         env.update(process.env)
-        env.update({name: os.path.expandvars(value) for name, value in process.node_env.items()})
+        for name, value in process.node_env.items():
+            env[name] = os.path.expandvars(value)
+            if "$" in env[name]:
+                raise OSError(errno.ENOENT, f"{value} is not set on this node")
         with open(process.log, "ab") as output:
             started, done = self.launch(process.argv, env, output)
         self.processes[process.name] = (started, done, process)
@@ -2450,8 +2453,7 @@ FAILURES = (  # in the last lines of a log, what it means, what to do
     (r"unknown model architecture", "this build does not know the model's architecture", "use a newer llama.cpp"),
     (r"error while loading shared libraries: (\S+)", "a shared library is missing on the node",
      "load the module that brings it: [environment] modules"),
-    (r"[Ee]xec format error", "it was built for another CPU", EXEC_MENDS[errno.ENOEXEC]),
-    (r"failed to load model|error loading model", "it could not load the model", "is the file whole and readable there?"))
+    (r"[Ee]xec format error", "it was built for another CPU", EXEC_MENDS[errno.ENOEXEC]))
 
 
 def explain_failure(who, tail, how):
@@ -2462,8 +2464,8 @@ def explain_failure(who, tail, how):
         if found:
             line = next(line for line in tail if found.group().splitlines()[0] in line)
             return EngineFailed("", f"{who}: {what} ({one_line(line)[:200]})", mend)
-    telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail
-    return EngineFailed("", f"{who} ({how}): {one_line(telling[-1])[:300] if telling else 'it said nothing'}",
+    telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail[-1:]
+    return EngineFailed("", f"{who} ({how}): {one_line(telling[0])[:300] if telling else 'it said nothing'}",
                         "`logs` shows the rest")
 
 
@@ -3456,16 +3458,16 @@ def command_drive(args):
     return drive(run, find_allocation(os.environ, run.config().slurm.nodes))
 
 
-def command_agent(args):
+def serve_agent(name):
     async def serve():
-        await Agent(os.environ.get("SLURMD_NODENAME") or args.name).serve()
+        await Agent(os.environ.get("SLURMD_NODENAME") or name).serve()
     asyncio.run(serve())
     return DONE
 
 
-def command_echo(args):
+def serve_echo(host, port, key_file, delay="0"):
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
-    asyncio.run(echo_server(args.host, args.port, args.key_file, args.delay))
+    asyncio.run(echo_server(host, int(port), key_file, float(delay)))
     return DONE
 
 
@@ -3785,10 +3787,7 @@ def command_help_table():
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
         ("help", command_help, "more on a topic: config, files, codes, engines",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
-        ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}), config[1]]),
-        ("agent", command_agent, "", [("name", {})]),
-        ("echo", command_echo, "", [("host", {}), ("port", {"type": int}), ("key_file", {}),
-                                    ("--delay", {"type": float, "default": 0.0})])]
+        ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}), config[1]])]
 
 
 class Parser(argparse.ArgumentParser):
@@ -3803,12 +3802,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(self.prog, message, f"`{self.prog} --help` shows what it takes")
 
 
-def make_parser():
+def make_parser(wanted):
+    """The parser of one command, or of all where it is not clear which is meant: each costs a few milliseconds."""
     parser = Parser(prog="llmrun.py", description="Run a language model on a Slurm cluster, from one file.",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"llmrun {VERSION}, Python {sys.version.split()[0]}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for name, function, summary, arguments in command_help_table():
+    table = command_help_table()
+    for name, function, summary, arguments in [row for row in table if row[0] == wanted] or table:
         sub = commands.add_parser(name, **({"help": summary, "description": summary} if summary else {}))
         sub.set_defaults(function=function)
         for argument, options in arguments:
@@ -3818,8 +3819,13 @@ def make_parser():
 
 def main(argv=None):
     """Run one command; errors become one line, and the exit code says of which kind they are."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = make_parser().parse_args(argv)
+        if words[:1] == ["agent"]:  # a run starts many of these two, and waits for them
+            return serve_agent(*words[1:])
+        if words[:1] == ["echo"]:
+            return serve_echo(*words[1:])
+        args = make_parser(words[0] if words else "").parse_args(words)
         if not args.command:
             say(where_am_i())
             say(HELP["start"])
@@ -3863,7 +3869,7 @@ DEMO_PROMPTS = [
     "How do bees find their way home?", "Why does ice float?", "What is a prime number good for?",
     "How old is the light of the stars?", "Why do cats purr?", "How does a seed know which way is up?"]
 DEMO_CONFIG = {"name": "demo", "slurm": {"nodes": 3, "time": "00:05:00"},
-               "engine": {"name": "echo", "slots": 2, "args": ["--delay", "0.4"]}, "prompts": {"user": "prompts"}}
+               "engine": {"name": "echo", "slots": 2, "args": ["0.4"]}, "prompts": {"user": "prompts"}}
 
 HELP = {
     "start": """\

@@ -92,7 +92,8 @@ class Site:
     def slow(self):
         """Make every answer take a few seconds in all, so that there is a middle to do something in."""
         self.write_prompts(40)
-        self.config(prompts={"max_tokens": 400}, environment={"vars": {"FAKE_LLAMA_TOKENS_PER_S": "20"}})
+        variables = dict(self.data["environment"]["vars"], FAKE_LLAMA_TOKENS_PER_S="20")
+        self.config(prompts={"max_tokens": 400}, environment={"vars": variables})
 
     def llmrun(self, *args, code=0, python=sys.executable, env=None, timeout=120):
         """Run a command as the user does; its output."""

@@ -39,7 +39,8 @@ SOURCES = {
 # No network at build time (the UI comes from npm or a bucket), nothing of this very processor, no shared library.
 # -O1: the tests' models are tiny, and most of the time goes into the server's templates.
 OPTIONS = [
-    "-GNinja", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_C_FLAGS=-O2", "-DCMAKE_CXX_FLAGS=-O1", "-DBUILD_SHARED_LIBS=OFF",
+    "-GNinja", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_C_FLAGS=-O2 -DNDEBUG", "-DCMAKE_CXX_FLAGS=-O1 -DNDEBUG",
+    "-DBUILD_SHARED_LIBS=OFF",
     "-DGGML_RPC=ON", "-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF", "-DGGML_LLAMAFILE=OFF", "-DGGML_CCACHE=OFF",
     "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",

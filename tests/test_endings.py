@@ -1,0 +1,160 @@
+"""How runs end when somebody else ends them: Slurm, the user, the kernel. On a cluster of each kind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import Site, wait_for
+from fake_slurm.cluster import FakeCluster
+
+
+@pytest.fixture(params=["cgroup", "linuxproc"])
+def tracked(request, tmp_path, engine):
+    """A user on a cluster that ends processes as this kind of site does."""
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "home").mkdir()
+    with FakeCluster(tmp_path / "cluster", proctrack=request.param, kill_wait=3, FakeTick="0.2") as cluster:
+        site = Site(tmp_path / "home", cluster, engine)
+        site.config()
+        yield site
+
+
+def test_scancel_leaves_nothing_on_either_kind_of_site(tracked):
+    tracked.slow()
+    tracked.config(slurm={"nodes": 3})
+    tracked.llmrun("submit", "config.json")
+    wait_for("an answer", lambda: tracked.runs() and tracked.journal())
+    subprocess.run(["scancel", str(tracked.status()["job"])], env=tracked.env, check=True)
+    tracked.assert_nothing_left(5)
+    assert tracked.status()["exit_code"] in (3, 4)
+    tracked.llmrun("results")
+    assert len(tracked.results()) == len(tracked.journal()) > 0
+
+
+def test_a_killed_driver_leaves_nothing_on_either_kind_of_site(tracked):
+    tracked.slow()
+    tracked.config(slurm={"nodes": 3})
+    tracked.llmrun("submit", "config.json")
+    wait_for("an answer", lambda: tracked.runs() and tracked.journal())
+    os.kill(tracked.process("drive"), signal.SIGKILL)
+    tracked.assert_nothing_left(8)
+    wait_for("the verdict", lambda: tracked.status()["state"] == "killed")
+
+
+def test_near_the_time_limit_running_prompts_finish_and_the_rest_is_left(tracked):
+    tracked.slow()
+    tracked.config(slurm={"grace": 1})
+    tracked.llmrun("submit", "config.json")
+    wait_for("a few answers", lambda: tracked.runs() and len(tracked.journal()) >= 2)
+    job = tracked.status()["job"]
+    subprocess.run(["scancel", "-b", "-s", "USR1", str(job)], env=tracked.env, check=True)
+    wait_for("the end", lambda: tracked.status()["exit_code"] is not None)
+    state = tracked.status()
+    assert state["exit_code"] == 4 and 2 <= state["done"] < 40, state
+    assert all(line["llmrun"]["ok"] for line in tracked.journal())
+
+
+def test_noise_on_a_tasks_output_is_logged_and_does_no_harm(tmp_path, engine):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "home").mkdir()
+    with FakeCluster(tmp_path / "cluster", FakeTaskProlog="Welcome to the cluster!") as cluster:
+        site = Site(tmp_path / "home", cluster, engine)
+        site.config(slurm={"nodes": 2})
+        site.llmrun("submit", "config.json", "--wait")
+        assert len(site.results()) == 6
+        assert "Welcome to the cluster!" in site.job_output()
+
+
+def test_limits_that_slurm_refuses_itself_are_told_the_same_way(tmp_path, engine):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "home").mkdir()
+    with FakeCluster(tmp_path / "cluster", EnforcePartLimits="ALL") as cluster:
+        site = Site(tmp_path / "home", cluster, engine)
+        site.config(slurm={"partition": "short", "time": "10"})
+        assert 'write at most "00:05:00"' in site.llmrun("submit", "config.json", code=2)
+        assert not site.runs()
+
+
+# ── here, without Slurm ────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def here(tmp_path, engine):
+    """A user on a machine that has no Slurm."""
+    class NoSlurm:
+        env = {"PATH": os.pathsep.join(os.environ["PATH"].split(os.pathsep))}
+        nodes = []
+
+        @staticmethod
+        def processes():
+            found = []
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    with open(f"/proc/{pid}/cmdline") as file:
+                        argv = file.read().split("\0")
+                except OSError:
+                    continue
+                if str(tmp_path) in " ".join(argv) and int(pid) != os.getpid():
+                    found.append((int(pid), "", argv))
+            return found
+    site = Site(tmp_path, NoSlurm, engine)
+    site.config()
+    yield site
+    site.assert_nothing_left(10)
+
+
+def test_run_answers_here_over_agents_that_stand_for_nodes(here):
+    here.config(slurm={"nodes": 3})
+    here.llmrun("run", "config.json")
+    assert len(here.results()) == 6
+    assert here.events()[0]["nodes"] == ["local1", "local2", "local3"]
+    assert "done" in here.llmrun("status")
+
+
+def test_an_interrupted_run_ends_with_130_and_keeps_what_is_finished(here):
+    here.slow()
+    running = here.start("run", "config.json")
+    wait_for("an answer", lambda: here.runs() and here.journal())
+    for pid in (here.process("drive"), running.pid):  # a terminal interrupts both
+        os.kill(pid, signal.SIGINT)
+    output, _ = running.communicate(timeout=20)
+    assert running.returncode == 130, output
+    here.llmrun("results")
+    assert len(here.results()) == len(here.journal()) > 0
+
+
+def test_cancel_stops_a_run_that_is_here(here):
+    here.slow()
+    running = here.start("run", "config.json")
+    wait_for("an answer", lambda: here.runs() and here.journal())
+    assert "stopped the driver" in here.llmrun("cancel")
+    running.communicate(timeout=20)
+    assert running.returncode == 4
+
+
+@pytest.mark.parametrize("victim", ["drive", "agent", "llama-server"])
+def test_a_kill_here_leaves_nothing_and_is_told(here, victim):
+    here.slow()
+    running = here.start("run", "config.json")
+    wait_for("an answer", lambda: here.runs() and here.journal())
+    os.kill(here.process(f" {victim} " if victim != "llama-server" else "/llama-server "), signal.SIGKILL)
+    output, _ = running.communicate(timeout=20)
+    assert running.returncode == 3, output
+    here.assert_nothing_left(5)
+    assert "killed" in output or "lost" in output
+
+
+def test_the_demo_needs_nothing_but_the_file(tmp_path):
+    script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "llmrun.py")
+    with open(script) as file:
+        (tmp_path / "llmrun.py").write_text(file.read())
+    done = subprocess.run([sys.executable, "llmrun.py", "demo"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, timeout=30,
+                          stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    assert "All 12 prompts are answered" in done.stdout and "Why is the sky blue?" in done.stdout
+    record = subprocess.run([sys.executable, "llmrun.py", "status", "--runs", "llmrun-demo/runs", "--json"], cwd=tmp_path,
+                            text=True, stdout=subprocess.PIPE)
+    assert json.loads(record.stdout)[0]["done"] == 12
