@@ -112,7 +112,8 @@ def one_line(text):
 
 def os_reason(error):
     """An OSError in words, without Python's number and path around them."""
-    return (error.strerror or str(error)).lower()
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 def write_file(path, text, mode=0o644):

@@ -1,0 +1,167 @@
+"""An agent by itself, spoken to over its pipes as the driver does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import llmrun
+import pytest
+from conftest import wait_for
+
+BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import llmrun; {settings}; llmrun.main(['agent', 'n1'])"
+
+
+class Spoken:
+    """An agent's process and what it said."""
+
+    def __init__(self, folder, settings="pass"):
+        self.folder, self.said = folder, []
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", BOOT.format(settings=settings), os.path.dirname(llmrun.__file__)], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, bufsize=1)
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self.rest = ""
+        self.heard("hello")
+
+    def listen(self):
+        try:
+            self.rest += os.read(self.process.stdout.fileno(), 65536).decode()
+        except BlockingIOError:
+            return
+        *whole, self.rest = self.rest.split("\n")
+        self.said += [json.loads(line) for line in whole]
+
+    def heard(self, name, value=None):
+        def found():
+            self.listen()
+            return next((m for m in self.said if name in m and value in (None, m[name])), None)
+        return wait_for(f"{name} {value}", found, 15)
+
+    def order(self, number, do, **details):
+        self.process.stdin.write(json.dumps({"id": number, "do": do, **details}) + "\n")
+        return self.heard("re", number)
+
+    def start(self, number, *argv, **details):
+        process = llmrun.Process("p", list(argv), str(self.folder / "p.log"), **details)
+        return self.order(number, "start", process=llmrun.dataclasses.asdict(process))
+
+
+@pytest.fixture
+def agent(tmp_path):
+    spoken = Spoken(tmp_path)
+    yield spoken
+    spoken.process.kill()
+    spoken.process.wait()
+    spoken.process.stdout.close()
+
+
+def lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_an_end_is_reported_with_code_and_last_lines(agent):
+    agent.start(1, "sh", "-c", "echo one; echo two >&2; exit 5")
+    ended = agent.heard("exit", "p")
+    assert ended["code"] == 5 and ended["tail"] == ["one", "two"]
+
+
+def test_a_death_by_signal_is_told_as_one(agent):
+    agent.start(1, "sh", "-c", "kill -SEGV $$")
+    assert agent.heard("exit", "p")["code"] == -signal.SIGSEGV
+
+
+def test_a_program_that_cannot_start_is_an_answer(agent):
+    assert agent.start(1, "/nowhere/program")["errno"] == 2
+    assert agent.start(2, str(agent.folder))["errno"] == 13
+    assert "error" in agent.order(3, "no_such_order")
+
+
+def test_the_end_of_the_driver_ends_everything_even_what_ignores_term(agent):
+    pid = agent.start(1, "sh", "-c", "trap '' TERM; sleep 100 & wait; sleep 100")["ok"]["pid"]
+    agent.process.stdin.close()
+    agent.process.wait(5)
+    wait_for("the process group to be gone", lambda: not lives(pid), 5)
+
+
+def test_a_killed_agent_takes_its_process_along(agent):
+    pid = agent.start(1, "sleep", "100")["ok"]["pid"]
+    agent.process.kill()
+    wait_for("the process to be gone", lambda: not lives(pid), 5)
+
+
+def test_stop_is_term_and_then_kill(agent):
+    agent.start(1, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done", grace_s=0.4)
+    began = time.monotonic()
+    agent.order(2, "stop", name="p")
+    assert agent.heard("exit", "p")["code"] == -signal.SIGKILL and time.monotonic() - began < 3
+    assert agent.order(3, "stop", name="p")["ok"] is None, "stopping what has ended is no error"
+
+
+def test_what_a_process_leaves_behind_is_killed(agent):
+    pid_file = agent.folder / "pid"
+    agent.start(1, "sh", "-c", f"sleep 100 & echo $! > {pid_file}")
+    agent.heard("exit", "p")
+    pid = int(pid_file.read_text())
+    wait_for("the left process to be gone", lambda: not lives(pid), 5)
+
+
+def test_term_is_told_and_waits_for_the_driver_only_so_long(agent):
+    pid = agent.start(1, "sleep", "100")["ok"]["pid"]
+    began = time.monotonic()
+    agent.process.terminate()
+    agent.heard("term")
+    assert lives(pid), "the driver decides first"
+    agent.process.wait(10)
+    assert 2 < time.monotonic() - began < 6
+    wait_for("the process to be gone", lambda: not lives(pid), 5)
+
+
+def test_a_driver_that_needs_longer_after_term_gets_it(agent):
+    agent.start(1, "sleep", "100")
+    agent.process.terminate()
+    agent.heard("term")
+    agent.order(2, "hold", seconds=30)
+    time.sleep(llmrun.TERM_WAIT_S + 1)  # longer than it would have waited
+    assert agent.process.poll() is None
+    agent.order(3, "end")
+    agent.process.wait(5)
+
+
+def test_an_agent_that_hears_nothing_ends(tmp_path):
+    spoken = Spoken(tmp_path, "llmrun.LOST_DRIVER_S = 1; llmrun.BEAT_S = 0.2")
+    pid = spoken.start(1, "sleep", "100")["ok"]["pid"]
+    spoken.process.wait(10)
+    wait_for("the process to be gone", lambda: not lives(pid), 5)
+    spoken.process.communicate()
+
+
+def test_an_address_is_proved_by_the_nonce_behind_it(agent):
+    probe = agent.order(1, "probe", ports="", nonce="abc", interface="")["ok"]
+    right = dict(addresses=["127.0.0.2", "127.0.0.1"], port=probe["port"], timeout_s=3)
+    assert agent.order(2, "reach", nonce="abc", **right)["ok"] in right["addresses"]
+    assert agent.order(3, "reach", nonce="xyz", **right)["ok"] == "", "somebody else may answer on that port"
+    agent.order(4, "release", nonce="abc")
+    assert agent.order(5, "reach", nonce="abc", **right)["ok"] == ""
+    again = agent.order(6, "probe", ports=str(probe["port"]), nonce="d", interface="")
+    assert again["ok"]["port"] == probe["port"], "the port is free for what starts there"
+    taken = agent.order(7, "probe", ports=str(probe["port"]), nonce="e", interface="")
+    assert f"port {probe['port']} is in use" in taken["error"]
+
+
+def test_ports_come_from_the_range_that_is_given(agent):
+    first = agent.order(1, "probe", ports="31000-31020", nonce="a", interface="")["ok"]["port"]
+    second = agent.order(2, "probe", ports="31000-31020", nonce="b", interface="")["ok"]["port"]
+    assert 31000 <= first < second <= 31020
+
+
+def test_lines_that_matter_are_told_as_they_come(agent):
+    agent.start(1, "sh", "-c", "echo nothing; echo loading 10%; sleep 0.3; echo loading 90%; sleep 100", progress="loading")
+    assert agent.heard("line", "loading 10%") and agent.heard("line", "loading 90%")
+    assert not [m for m in agent.said if m.get("line") == "nothing"]
