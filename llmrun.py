@@ -44,16 +44,20 @@ if sys.version_info < (3, 9):
     run_with_newer_python()
 
 import argparse
+import array
 import asyncio
+import bisect
 import collections
 import contextlib
+import csv
 import ctypes
 import dataclasses
-import datetime
 import difflib
 import errno
 import fcntl
+import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -284,7 +288,7 @@ def one_line_text(value, base):
 
 def path_text(value, base):
     value = one_line_text(value, base)
-    return os.path.normpath(os.path.join(base, value)) if value and base is not None else value
+    return os.path.normpath(os.path.join(base, value)) if value not in ("", "-") and base is not None else value
 
 
 def node_text(value, base):
@@ -370,6 +374,9 @@ SIZE = from_words("a size", parse_size)
 DURATION = from_words("a duration", parse_duration)
 AMOUNT = from_words("a number or text", str)
 PORT = number_between(0, 65535)
+
+
+ANSWER_COLUMNS = ("answer", "reasoning", "finish_reason", "prompt_tokens", "completion_tokens", "error")
 
 
 def key(default, kind, doc, example=None):
@@ -460,6 +467,9 @@ class EngineConfig:
     slots: int = key(4, number_between(1, 1024), "Prompts answered at the same time.", example=4)
     context: int = key(4096, number_between(256, 2**24), "Tokens of context for each of them: prompt and answer "
                        "together.", example=4096)
+    replicas: int = key(1, number_between(1, 1024), "Run the model so often, each on an equal share of the nodes.")
+    concurrency: int = key(0, number_between(0, 100000), "Prompts under way at each replica; 0 is a few more than its "
+                           "slots.")
     port: int = key(0, PORT, "The engine's port; 0 takes a free one.")
     load_timeout: float = key(3600.0, DURATION, "How long the model may take to load.")
     args: List[str] = key([], list_of(NODE_TEXT), "More arguments for the engine, as in [\"--flash-attn\", \"on\"].")
@@ -471,8 +481,15 @@ class PromptsConfig:
     """What is asked."""
 
     system: str = key("", PATH, "A text file with the system prompt.", example="prompts/system.txt")
-    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count.",
-                    example="prompts/user")
+    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count. Or a .jsonl "
+                    "of OpenAI Batch requests, or a .jsonl or .csv of rows (see template), or a pattern as in "
+                    "\"in/*.csv\". \"-\" reads JSONL rows from standard input.", example="prompts/user")
+    template: str = key("", NODE_TEXT, "How a row becomes a prompt, as in \"Translate: {text}\", or a file that says it. "
+                        "The system prompt may hold {columns} too.")
+    id_column: str = key("", TEXT, "The column that names each row in the results; by default its number.")
+    samples: int = key(1, number_between(1, 100000), "How often each prompt is asked, each time with another seed.")
+    on_bad_row: str = key("fail", choice("fail", "skip"), "What to do with a row that cannot be asked: fail before "
+                          "anything starts, or skip it and say so.")
     max_tokens: int = key(1024, number_between(1, 2**24), "The longest answer, in tokens.", example=1024)
     params: Dict[str, Any] = key({}, TABLE, "More of each request, as in temperature = 0.2 or seed = 1.")
 
@@ -484,6 +501,8 @@ class ResultsConfig:
     folder: str = key("", PATH, "The folder of the answers; by default results/ in the run's folder.")
     file_name: str = key("{path}", TEXT, "The name of each answer's file: {path} is the prompt's path, {name} its "
                          "name without folder and ending.")
+    columns: List[str] = key(["answer"], list_of(choice(*ANSWER_COLUMNS)), "What is added to each row of a CSV: "
+                             + ", ".join(ANSWER_COLUMNS) + ".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1117,7 +1136,7 @@ class Slurm:
     def detail(self, job):
         """`scontrol show job` as one line, or nothing where Slurm has forgotten the job."""
         answer = self.call("scontrol", "show", "job", "-d", "-o", str(job))
-        return re.sub(r"JobName=.*? UserId=", "UserId=", answer.stdout, 1)
+        return re.sub(r"JobName=.*? UserId=", "UserId=", answer.stdout, count=1)
 
     def partitions(self):
         answer = self.call("scontrol", "show", "partition", "-o")
@@ -1208,7 +1227,6 @@ class Run:
         self.script = self.folder / "llmrun.py"
         self.key_file = self.folder / "key"
         self.endpoint = self.folder / "endpoint.json"
-        self.prompts_file = self.folder / "prompts.json"
         self.results = self.folder / "results"
         self.summary = self.folder / "summary.json"
         self.logs = self.folder / "logs"
@@ -1228,6 +1246,9 @@ class Run:
         """The frozen config; its paths are absolute and nothing is expanded again."""
         data = json.loads(read_user_file(self.config_file(shape), "frozen config"))
         return build_config(Config, data, data["source"], None)
+
+    def input_file(self, name):
+        return self.folder / "input" / name
 
     def logs_of(self, life):
         return self.logs / str(life)
@@ -1277,19 +1298,19 @@ class Run:
 def create_run(config, prompts, make_script):
     """A run's folder with everything frozen in it, or nothing at all.
 
-    `make_script(run)` gives the text of its job.sh."""
+    `prompts.keep(run)` keeps the input there; `make_script(run)` gives the text of its job.sh."""
     folder = None
     try:
         parent = Path(config.run_dir)
         parent.mkdir(parents=True, exist_ok=True)
         folder = new_folder(parent, f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         run = Run(folder)
-        for sub in ("shapes/0", "events", "logs", "journal"):
+        for sub in ("shapes/0", "input", "events", "logs", "journal"):
             (folder / sub).mkdir(parents=True)
         write_file(run.script, Path(__file__).read_bytes())
         write_file(run.key_file, secrets.token_urlsafe(32) + "\n", 0o600)
         write_file(run.config_file(), json.dumps(dataclasses.asdict(config), indent=1))
-        write_file(run.prompts_file, json.dumps(prompts))
+        prompts.keep(run)
         write_file(run.job_script(), make_script(run), 0o755)
     except OSError as error:
         if folder:
@@ -2270,11 +2291,6 @@ class Placed(NamedTuple):
     devices: Tuple[int, ...]  # free MiB of each GPU, where the engine asked for it
 
 
-def in_flight(slots):
-    """Requests under way at a replica: a few wait at the engine, so that no slot is ever empty."""
-    return slots + slots // 8 + 2
-
-
 class EngineFailed(ClusterError):
     """An engine did not start, or ended while it was needed."""
 
@@ -2288,6 +2304,8 @@ class Engine:
     def __init__(self, config, run, life, group_size):
         self.config, self.run, self.life, self.group_size = config, run, life, group_size
         self.slots = config.engine.slots
+        # A few prompts wait at the engine, so that no slot is ever empty.
+        self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
         self.model_name = config.model.name or Path(config.model.path).name or self.name
 
     def log_of(self, node, process):
@@ -2423,7 +2441,7 @@ class LlamaCpp(Engine):
         argv += ["--alias", self.model_name] if "--alias" in flags else []
         argv += ["--no-webui"] if "--no-webui" in flags else []
         # Old builds hold a thread for each open connection, and answer no more of them than they have threads.
-        argv += ["--threads-http", str(in_flight(engine.slots) + 8)] if "--threads-http" in flags else []
+        argv += ["--threads-http", str(self.in_flight + 8)] if "--threads-http" in flags else []
         env = {"GGML_NO_BACKTRACE": "1"}
         if not self.llama.user_settings:
             env["XDG_CONFIG_HOME"] = str(self.run.folder / "shapes")  # new builds read llama.cpp/config.ini there
@@ -2619,89 +2637,321 @@ async def replicas(engine, groups, tell):
 # ═══════════════════════════════════════════════════════════════════════════════
 # 11 · Prompts
 #
-# Owns what is asked and what came back, on disk: the sources of prompts, the journal of results,
-# what is left to do after a restart, and the files that users read. Knows nothing of HTTP.
+# Owns what is asked and what came back, on disk: sources of prompts, read one at a time; the journal
+# of results; what is left to do after a restart; the files that users read. Nothing here holds all
+# prompts or all results: a row is a number, an offset into its file, one byte of state.
+# Knows nothing of HTTP.
 # ═══════════════════════════════════════════════════════════════════════════════
 
-CHAT = "/v1/chat/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+LENGTH_KEYS = {"max_tokens", "max_completion_tokens", "n_predict"}
+Key = Tuple[int, int, int]  # source, row, sample
 
 
 class Prompt(NamedTuple):
     """One question: where it stands in the input, and the request that asks it."""
 
-    key: Tuple[int, int, int]  # source, row, sample
+    key: Key
     custom_id: str
     url: str
     body: bytes
 
 
-class Result(NamedTuple):
-    """What came of a prompt: a status and the body of the answer, or an error where there was no answer."""
+class Source(NamedTuple):
+    """One file of rows. A folder of texts becomes one too: the list of its files, kept in the run."""
 
-    prompt: Prompt
-    status: int
-    body: bytes
-    error: Optional[Dict[str, str]]
-    started: float
-    time_s: float
-    attempts: int
-    replica: int
-
-    @property
-    def ok(self):
-        return self.status == 200
-
-    @property
-    def tokens(self):
-        return (json.loads(self.body).get("usage") or {}).get("completion_tokens", 0) if self.ok else 0
+    kind: str  # "folder", "jsonl" or "csv"
+    path: str  # as the user knows it
+    row_file: str
+    rows: int
+    size: int
+    mtime_ns: int
+    digest: str
+    columns: List[str]
 
 
-class FolderSource:
-    """Every text file below a folder is a prompt; its path is its name. The list is frozen with the run."""
+class BadRow(Exception):
+    """A row that cannot be asked, and what to do about it."""
 
-    def __init__(self, config, model_name, frozen):
-        self.config, self.folder = config, config.prompts.user
-        self.system, self.files = frozen["system"], frozen["files"]
-        self.params = {"model": model_name, **config.prompts.params}
-        if not {"max_tokens", "max_completion_tokens"} & set(self.params):
-            self.params["max_tokens"] = config.prompts.max_tokens
 
-    def __len__(self):
-        return len(self.files)
+class Asking:
+    """Turns a record of the input into the request that asks it."""
 
-    def prompt(self, row):
-        name, digest = self.files[row]
-        text = read_user_file(os.path.join(self.folder, name), "prompt")
-        if text_digest(text) != digest:
-            raise UserError(os.path.join(self.folder, name), "the prompt was changed after the run was submitted",
+    def __init__(self, config, model, system, template):
+        self.config, self.system, self.template = config.prompts, system, template
+        self.defaults = {"model": model, **config.prompts.params}
+
+    def of_record(self, source, record, number):
+        """(custom_id, url, body) of a row; BadRow says what it lacks."""
+        if source.kind == "folder":
+            return record["path"], CHAT, self.chat(self.system, self.file_text(source, record))
+        if "body" in record and "custom_id" in record:
+            return self.of_batch(record)
+        if not self.template:
+            raise BadRow("neither a Batch request nor is there a template; set [prompts] template to a text with {columns}")
+        custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"row-{number + 1}"
+        text = fill(self.template, record)
+        if not text.strip():
+            raise BadRow("the row gives an empty prompt; fill its columns or remove it")
+        return custom_id, CHAT, self.chat(fill(self.system, record), text)
+
+    def of_batch(self, record):
+        custom_id, url, body = record["custom_id"], record.get("url", CHAT), record["body"]
+        if not isinstance(custom_id, str) or not custom_id:
+            raise BadRow("custom_id is no text; give each request its own name in quotes")
+        if url not in (CHAT, COMPLETIONS, EMBEDDINGS) or record.get("method", "POST") != "POST":
+            raise BadRow(f"{record.get('method', 'POST')} {url} is no Batch endpoint; use POST {CHAT}")
+        if not isinstance(body, dict) or not body.get("input" if url == EMBEDDINGS else
+                                                      "prompt" if url == COMPLETIONS else "messages"):
+            raise BadRow("the body asks nothing; give it messages (or prompt, or input)")
+        return custom_id, url, self.with_defaults(body, url)
+
+    def chat(self, system, text):
+        messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
+        return self.with_defaults({"messages": messages}, CHAT)
+
+    def with_defaults(self, body, url):
+        """A row's own keys win; a limit on the answer is always there, or an engine fills its whole context."""
+        if url == EMBEDDINGS:
+            return {"model": self.defaults["model"], **body}
+        limited = LENGTH_KEYS & (set(body) | set(self.defaults))
+        return {**({} if limited else {"max_tokens": self.config.max_tokens}), **self.defaults, **body}
+
+    @staticmethod
+    def file_text(source, record):
+        path = os.path.join(source.path, record["path"])
+        text = read_user_file(path, "prompt")
+        if text_digest(text) != record["digest"]:
+            raise UserError(path, "the prompt was changed after the run was submitted",
                             "put it back, or submit the new prompts as a new run")
-        messages = [{"role": "system", "content": self.system}] * bool(self.system) + [
-            {"role": "user", "content": text}]
-        body = json.dumps({**self.params, "messages": messages}, ensure_ascii=False).encode()
-        return Prompt((0, row, 0), name, CHAT, body)
+        return text
+
+
+def fill(template, row):
+    """A template with the row's columns in its {places}; {{ and }} are braces."""
+    def value(match):
+        name = match.group(1)
+        if name is None:
+            return match.group()[0]
+        if name not in row:
+            raise BadRow(f"there is no column {name}; " + (nearest(name, row) or "there are " + ", ".join(map(str, row))))
+        return row[name] if isinstance(row[name], str) else json.dumps(row[name], ensure_ascii=False)
+    return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
 
 
 def text_digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def freeze_prompts(config):
-    """Read every prompt once, as it will be asked: what is wrong with one is known before anything starts."""
+def read_record(kind, columns, data):
+    """The record in a row's bytes."""
+    if kind == "csv":
+        fields = next(csv.reader(io.StringIO(data.decode(), newline="")), [])
+        if len(fields) != len(columns):
+            raise BadRow(f"{len(fields)} fields where the header has {len(columns)}; quote fields that hold commas")
+        return dict(zip(columns, fields))
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise BadRow(f"not JSON: {getattr(error, 'msg', error)}; a row is one line with one JSON object")
+    if not isinstance(record, dict):
+        raise BadRow("not a JSON object; a row is one line in {braces}")
+    return record
+
+
+class RowScanner:
+    """Runs once through a row file: (line number, offset, bytes) of each row, and on the way its digest."""
+
+    def __init__(self, file, kind):
+        self.file, self.kind = file, kind
+        self.hash, self.at, self.line = hashlib.sha256(), 0, 0
+
+    def __iter__(self):
+        if self.kind == "csv":
+            yield from self.csv_rows()
+            return
+        for data in self.file:
+            offset = self.take(data)
+            if data.strip():
+                yield self.line, offset, data
+
+    def take(self, data):
+        self.hash.update(data)
+        offset, self.at, self.line = self.at, self.at + len(data), self.line + 1
+        return offset
+
+    def csv_rows(self):
+        """A quoted field may hold line ends: the csv module takes as many lines as a row has."""
+        taken = []
+
+        def lines():
+            for data in self.file:
+                self.take(data)
+                taken.append(data)
+                yield data.decode()
+        for fields in csv.reader(lines()):
+            data = b"".join(taken)
+            first, taken[:] = self.line - len(taken) + 1, []
+            if fields:
+                yield first, self.at - len(data), data
+
+
+class Input:
+    """All that is asked, as it was frozen: prompts are numbered 0, 1, 2 … over all sources, rows and samples."""
+
+    def __init__(self, sources, indexes, asking, samples):
+        self.sources, self.indexes, self.asking, self.samples = sources, indexes, asking, samples
+        self.starts = list(itertools.accumulate([0] + [source.rows * samples for source in sources]))
+        self.files = [open(source.row_file, "rb") for source in sources]
+
+    def __len__(self):
+        return self.starts[-1]
+
+    def key(self, number):
+        source = bisect.bisect_right(self.starts, number) - 1
+        return (source, *divmod(number - self.starts[source], self.samples))
+
+    def number(self, key):
+        return self.starts[key[0]] + key[1] * self.samples + key[2]
+
+    def record(self, key):
+        source, row, _ = key
+        offset, length = struct.unpack_from("<QQ", self.indexes[source], 16 * row)
+        data = os.pread(self.files[source].fileno(), length, offset)
+        return read_record(self.sources[source].kind, self.sources[source].columns, data)
+
+    def prompt(self, number):
+        key = self.key(number)
+        try:
+            record = self.record(key)
+            custom_id, url, body = self.asking.of_record(self.sources[key[0]], record, key[1])
+        except BadRow as bad:  # it was good when it was frozen
+            raise UserError(self.sources[key[0]].path, f"row {key[1] + 1} was changed after the run was submitted: {bad}",
+                            "put the file back, or submit the new prompts as a new run")
+        if self.samples > 1:
+            body = {**body, "seed": int(body.get("seed") or 0) + key[2]}
+            custom_id = f"{custom_id}#{key[2] + 1}"
+        return Prompt(key, custom_id, url, json.dumps(body, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, run, config, model):
+        """What `freeze` kept, after a look at whether the files are still the same."""
+        frozen = json.loads(run.input_file("input.json").read_text())
+        sources = [Source(*source) for source in frozen["sources"]]
+        for source in sources:
+            check_unchanged(source)
+        indexes = []
+        for number in range(len(sources)):
+            with open(run.input_file(f"{number}.index"), "rb") as file:
+                indexes.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        asking = Asking(config, model, frozen["system"], frozen["template"])
+        return cls(sources, indexes, asking, config.prompts.samples)
+
+
+def check_unchanged(source):
+    """The size and time of a file tell quickly that it is the same; its digest decides when they differ."""
+    with open(source.row_file, "rb") as file:
+        found = os.fstat(file.fileno())
+        if (found.st_size, found.st_mtime_ns) == (source.size, source.mtime_ns):
+            return
+        digest = hashlib.sha256()
+        while True:
+            data = file.read(2**20)
+            if not data:
+                break
+            digest.update(data)
+    if digest.hexdigest() != source.digest:
+        raise UserError(source.path, "the file was changed after the run was submitted",
+                        "put it back, or submit the new one as a new run")
+
+
+class Frozen(NamedTuple):
+    """An input that was read and checked, ready to be kept in a run."""
+
+    sources: List[Source]
+    indexes: List[Any]
+    spool: Any  # a temporary folder with the row files that llmrun itself makes
+    system: str
+    template: str
+    skipped: List[str]
+
+    def __len__(self):
+        return sum(source.rows for source in self.sources)
+
+    def keep(self, run):
+        """Write it into the run's folder."""
+        sources = []
+        for number, source in enumerate(self.sources):
+            if source.row_file != source.path:
+                kept = run.input_file(f"{number}.rows")
+                shutil.move(source.row_file, kept)
+                source = source._replace(row_file=str(kept))
+            write_file(run.input_file(f"{number}.index"), self.indexes[number].tobytes())
+            sources.append(source)
+        write_file(run.input_file("input.json"), json.dumps(
+            {"sources": sources, "system": self.system, "template": self.template, "skipped": self.skipped}))
+
+
+def freeze(config, model, tell=lambda done, total: None):
+    """Read all of the input once, as it will be asked: what is wrong with a row is known before anything starts."""
     system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
-    folder = config.prompts.user
-    if not os.path.isdir(folder):
-        what = "not a folder" if os.path.exists(folder) else "no such folder"
-        raise config.error("prompts.user", what, "name a folder of text files, one prompt each")
-    files = []
-    for name in prompt_files(folder):
-        text = read_user_file(os.path.join(folder, name), "prompt")
-        if not text.strip():
-            raise UserError(os.path.join(folder, name), "the prompt is empty", "write a question in it, or remove the file")
-        files.append((name, text_digest(text)))
-    if not files:
-        raise config.error("prompts.user", "no prompts in the folder", "put text files in it, one prompt each")
-    check_result_names(config, [name for name, _ in files])
-    return {"system": system, "files": files}
+    asking = Asking(config, model, system, read_template(config))
+    spool = tempfile.TemporaryDirectory()
+    sources, indexes, skipped, hashes = [], [], [], array.array("Q")
+    for number, (kind, path) in enumerate(find_sources(config)):
+        row_file = make_row_file(kind, path, os.path.join(spool.name, f"{number}.rows"))
+        source, index = scan_source(Source(kind, path, row_file, 0, 0, 0, "", []), asking, skipped, hashes, tell)
+        sources.append(source)
+        indexes.append(index)
+    if not any(source.rows for source in sources):
+        raise config.error("prompts.user", "no prompts in it", "put text files in the folder, or rows in the file")
+    frozen = Frozen(sources, indexes, spool, system, asking.template, skipped)
+    check_unique(frozen, asking, hashes)
+    check_result_names(config, frozen)
+    return frozen
+
+
+def read_template(config):
+    """The template itself, or the text of the file that it names."""
+    value = config.prompts.template
+    if not value or "{" in value:
+        return value
+    return read_user_file(os.path.join(os.path.dirname(config.source), os.path.expanduser(value)), "template")
+
+
+def find_sources(config):
+    """(kind, path) of everything that prompts.user names: a folder, a file of rows, or a pattern of them."""
+    wanted = config.prompts.user
+    if wanted == "-":
+        return [("jsonl", "-")]
+    paths = [wanted] if os.path.exists(wanted) else sorted(glob.glob(wanted, recursive=True))
+    if not paths:
+        raise config.error("prompts.user", "no such folder or file", "name a folder of text files, a .jsonl or a .csv")
+    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+    found = [("folder" if os.path.isdir(path) else kinds.get(Path(path).suffix.lower()), path) for path in paths]
+    for kind, path in found:
+        if not kind:
+            raise config.error("prompts.user", f"{os.path.basename(path)} is neither a folder nor .jsonl nor .csv",
+                               "name the folder that the text files lie in")
+    return found
+
+
+def make_row_file(kind, path, made):
+    """The file with a source's rows: of a folder, a list of its files and what each holds now."""
+    if kind == "jsonl" and path == "-":
+        with open(made, "wb") as rows:
+            shutil.copyfileobj(sys.stdin.buffer, rows)
+    elif kind == "folder":
+        with open(made, "w") as rows:
+            for name in prompt_files(path):
+                text = read_user_file(os.path.join(path, name), "prompt")
+                if not text.strip():
+                    raise UserError(os.path.join(path, name), "the prompt is empty",
+                                    "write a question in it, or remove the file")
+                rows.write(json.dumps({"path": name, "digest": text_digest(text)}) + "\n")
+    else:
+        return path
+    return made
 
 
 def prompt_files(folder):
@@ -2713,22 +2963,88 @@ def prompt_files(folder):
     return sorted(found)
 
 
-def result_names(template, names):
-    """Where each prompt's answer goes below the results folder; the {name}s of two never meet."""
+def scan_source(source, asking, skipped, hashes, tell):
+    """The source with its counts, and the (offset, length) of each of its good rows."""
+    index = array.array("Q")
+    try:
+        with open(source.row_file, "rb") as file:
+            found, scanner = os.fstat(file.fileno()), RowScanner(file, source.kind)
+            rows = iter(scanner)
+            if source.kind == "csv":
+                header = next(rows, (1, 0, b""))[2].decode().lstrip("\ufeff")
+                source = source._replace(columns=next(csv.reader([header]), []))
+            for line, offset, data in rows:
+                try:
+                    record = read_record(source.kind, source.columns, data)
+                    custom_id = asking.of_record(source, record, len(index) // 2)[0]
+                except BadRow as bad:
+                    skip_or_fail(asking, f"{source.path}:{line}", bad, skipped)
+                    continue
+                index.extend((offset, len(data)))
+                hashes.append(hash(custom_id) & (2**64 - 1))
+                if line % 20000 == 0:
+                    tell(scanner.at, found.st_size)
+            tell(found.st_size, found.st_size)
+    except OSError as error:
+        raise UserError(source.path, f"cannot read the prompts: {os_reason(error)}", "make it readable: chmod u+r")
+    except UnicodeDecodeError:
+        raise UserError(f"{source.path}:{scanner.line}", "not UTF-8 text", "save the file as UTF-8")
+    except csv.Error as error:
+        raise UserError(f"{source.path}:{scanner.line}", f"not CSV: {error}", "mend the quotes of that row")
+    return source._replace(rows=len(index) // 2, size=found.st_size, mtime_ns=found.st_mtime_ns,
+                           digest=scanner.hash.hexdigest()), index
+
+
+def skip_or_fail(asking, where, bad, skipped):
+    what, _, mend = str(bad).partition("; ")
+    if asking.config.on_bad_row == "fail":
+        raise UserError(where, what, f'{mend}, or set [prompts] on_bad_row = "skip"')
+    skipped.append(f"{where}: {what}")
+
+
+def check_unique(frozen, asking, hashes):
+    """Two rows of one custom_id could not be told apart in the results. Only equal hashes are looked at again:
+    a set of a million names would take a hundred megabytes."""
+    ordered = sorted(hashes)
+    doubled = {one for one, two in zip(ordered, ordered[1:]) if one == two}
+    del ordered
+    if not doubled:
+        return
+    seen, kept = {}, Input(frozen.sources, [index.tobytes() for index in frozen.indexes], asking, 1)
+    for number in (number for number, found in enumerate(hashes) if found in doubled):
+        source, row, _ = key = kept.key(number)
+        custom_id = asking.of_record(frozen.sources[source], kept.record(key), row)[0]
+        if custom_id in seen:
+            where = [f"{frozen.sources[s].path}:{line_of(frozen.sources[s], frozen.indexes[s], r)}"
+                     for s, r in (seen[custom_id], (source, row))]
+            raise UserError(where[1], f"custom_id {custom_id} stands already in {where[0]}", "give each row its own")
+        seen[custom_id] = (source, row)
+
+
+def line_of(source, index, row):
+    with open(source.row_file, "rb") as file:
+        return file.read(index[2 * row]).count(b"\n") + 1
+
+
+def result_names(config, records):
+    """Where each text prompt's answer goes below the results folder; the {name}s of two never meet."""
+    names = [record["path"] for record in records]
     stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
     if len(set(stems)) < len(stems):
         stems = [name.replace(os.sep, "_") for name in names]
+    template = config.results.file_name
     return [template.replace("{path}", path).replace("{name}", stem) for path, stem in zip(names, stems)]
 
 
-def check_result_names(config, names):
-    template, folder = config.results.file_name, config.results.folder
-    written = result_names(template, names)
-    if len(set(written)) < len(written):
-        raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
-    for name in written:
-        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
-            raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
+def check_result_names(config, frozen):
+    folder = config.results.folder
+    for source in (source for source in frozen.sources if source.kind == "folder"):
+        written = result_names(config, read_json_lines(source.row_file))
+        if len(set(written)) < len(written):
+            raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
+        for name in written:
+            if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+                raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
     above = folder
     while above and not os.path.exists(above):
         above = os.path.dirname(above)
@@ -2737,144 +3053,328 @@ def check_result_names(config, names):
                            "name a folder that you may write to")
 
 
+class Result(NamedTuple):
+    """What came of a prompt: a status and the body of the answer, or an error where there was no answer."""
+
+    prompt: Prompt
+    status: int
+    body: bytes  # one line of JSON
+    answer: Dict[str, Any]  # the same, read
+    error: Optional[Dict[str, str]]
+    started: float
+    time_s: float
+    attempts: int
+    replica: int
+
+    @property
+    def ok(self):
+        return self.status == 200
+
+
+def journal_line(result):
+    """A line in OpenAI's Batch output format. Its id holds the key and its end the verdict, so that a resume
+    reads bytes and parses nothing."""
+    key = b"%d_%d_%d" % result.prompt.key
+    response, error = b"null", b"null"
+    if result.status:
+        response = b'{"status_code": %d, "request_id": "req_%s", "body": %s}' % (result.status, key, result.body)
+    else:
+        error = json.dumps(result.error).encode()
+    return b'{"id": "batch_req_%s", "custom_id": %s, "response": %s, "error": %s, "llmrun": {"row": %d, "sample": %d, ' \
+           b'"started": %.3f, "time_s": %.4f, "attempts": %d, "replica": %d, "ok": %s}}\n' % (
+               key, json.dumps(result.prompt.custom_id, ensure_ascii=False).encode(), response, error,
+               result.prompt.key[1], result.prompt.key[2], result.started, result.time_s, result.attempts,
+               result.replica, b"true" if result.ok else b"false")
+
+
+KEY_IN_LINE = re.compile(rb'\{"id": "batch_req_(\d+)_(\d+)_(\d+)"')
+OK_END = b'"ok": true}}\n'
+
+
 class Journal:
-    """Appends results, in whole lines, to this life's own segment; a line is on disk before it counts."""
+    """Appends results, in whole lines, to this life's own segments; a line is on disk before it counts.
 
-    WRITE_AFTER_S, SYNC_AFTER_S = 0.05, 1.0
+    Lines are written soon, and the disk is asked to keep them at least every second, off the loop. After a
+    write or sync that failed nobody knows what the disk kept: a new segment then takes all lines since the
+    last good sync once more, and the merge sees each only once."""
 
-    def __init__(self, run, life):
-        self.run, self.life, self.segment, self.file = run, life, -1, -1
-        self.lines, self.timer, self.syncing = [], None, None
-        self.done = self.failed = self.tokens = 0
+    WRITE_AFTER_S, SYNC_AFTER_S, AGAIN_AFTER_S = 0.05, 1.0, 1.0
+
+    def __init__(self, run, life, tell=lambda event, **facts: None):
+        self.run, self.life, self.tell = run, life, tell
+        self.segment, self.file = -1, -1
+        self.lines, self.unsynced = [], []  # not written yet; written, but maybe not on the disk
+        self.timer = self.syncing = None
+        self.trouble = ""  # why nothing can be written just now
         self.open_segment()
 
     def open_segment(self):
         if self.file >= 0:
             os.close(self.file)
+            self.file = -1
         self.segment += 1
         path = self.run.journal / f"{self.life}.{self.segment}.jsonl"
         self.file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
 
     def add(self, result):
         self.lines.append(journal_line(result))
-        self.done += result.ok
-        self.failed += not result.ok
-        self.tokens += result.tokens
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(self.WRITE_AFTER_S, self.write)
 
     def write(self):
-        """Hand the lines to the kernel now; a disk is asked to keep them at most a second later, off the loop."""
-        self.timer = None
-        self.write_lines()
-        if self.syncing is None:
-            self.syncing = asyncio.get_running_loop().call_later(self.SYNC_AFTER_S, self.sync)
+        if self.trouble:
+            return
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        try:
+            self.write_lines()
+        except OSError as error:
+            self.fail(error)
+        if self.syncing is None and self.unsynced and not self.trouble:
+            self.syncing = asyncio.ensure_future(self.sync())
 
     def write_lines(self):
-        data, self.lines = b"".join(self.lines), []
+        data = b"".join(self.lines)
+        self.unsynced += [data] if data else []
+        self.lines = []
         while data:
             data = data[os.write(self.file, data):]
 
-    def sync(self):
+    async def sync(self):
+        await asyncio.sleep(self.SYNC_AFTER_S)
+        synced = len(self.unsynced)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, os.fsync, self.file)
+            del self.unsynced[:synced]
+        except OSError as error:
+            self.fail(error)
         self.syncing = None
-        asyncio.get_running_loop().run_in_executor(None, os.fsync, self.file)
+
+    def fail(self, error):
+        """Keep everything since the last good sync for a new segment, and say so."""
+        self.lines, self.unsynced = self.unsynced + self.lines, []
+        if not self.trouble:
+            self.tell("journal_trouble", why=os_reason(error), held=len(self.lines))
+        self.trouble = os_reason(error)
+        if self.timer is None:
+            self.timer = asyncio.get_running_loop().call_later(self.AGAIN_AFTER_S, self.try_again)
+
+    def try_again(self):
+        self.timer = None
+        try:
+            self.open_segment()
+            self.write_lines()
+            os.fsync(self.file)
+        except OSError as error:
+            self.fail(error)
+            return
+        self.unsynced, self.trouble = [], ""
+        self.tell("journal_well")
 
     def close(self):
-        """Everything is on disk when this returns."""
-        for timer in (self.timer, self.syncing):
-            if timer:
-                timer.cancel()
+        """Everything is on disk when this returns; OSError if it cannot be."""
+        for waiting in (self.timer, self.syncing):
+            if waiting:
+                waiting.cancel()
+        if self.trouble:
+            self.open_segment()
         self.write_lines()
         os.fsync(self.file)
         os.close(self.file)
 
 
-def journal_line(result):
-    """A line in OpenAI's Batch output format. The id holds the key and the line's end the verdict, so that
-    a resume reads bytes and parses nothing."""
-    prompt = result.prompt
-    head = {"id": "batch_req_%d_%d_%d" % prompt.key, "custom_id": prompt.custom_id}
-    response = b"null"
-    if result.status:
-        request_id = json.dumps("req_%d_%d_%d" % prompt.key).encode()
-        body = result.body if b"\n" not in result.body else json.dumps(json.loads(result.body)).encode()
-        response = b'{"status_code": %d, "request_id": %s, "body": %s}' % (result.status, request_id, body)
-    note = {"row": prompt.key[1], "started": round(result.started, 3), "time_s": round(result.time_s, 4),
-            "attempts": result.attempts, "replica": result.replica, "ok": result.ok}
-    return b'%s, "response": %s, "error": %s, "llmrun": %s}\n' % (
-        json.dumps(head, ensure_ascii=False).encode()[:-1], response, json.dumps(result.error).encode(),
-        json.dumps(note).encode())
+class Marks:
+    """What the journals hold: of each prompt its state, and the place of the line that counts.
+
+    A success comes before an error, then the first by life and place, so that whoever merges gets the same."""
+
+    OPEN, FAILED, DONE = 0, 1, 2
+
+    def __init__(self, run, prompts):
+        self.prompts, self.paths = prompts, run.segments()
+        self.state, self.place = bytearray(len(prompts)), array.array("Q", bytes(8 * len(prompts)))
+        for segment, path in enumerate(self.paths):
+            with open(path, "rb") as file:
+                offset = 0
+                for line in file:
+                    match = KEY_IN_LINE.match(line)
+                    if match and line.endswith(b"}}\n"):  # else torn by a crash: it is asked again
+                        self.mark(tuple(map(int, match.groups())), line.endswith(OK_END), segment << 44 | offset)
+                    offset += len(line)
+
+    def mark(self, key, ok, place):
+        number = self.prompts.number(key)
+        if number < len(self.state) and (not self.state[number] or ok and self.state[number] == self.FAILED):
+            self.state[number], self.place[number] = self.DONE if ok else self.FAILED, place
+
+    def count(self, state):
+        return self.state.count(state)
+
+    def lines(self, states):
+        """(number, line) of each prompt in one of these states, in input order."""
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(open(path, "rb")) for path in self.paths]
+            for number, state in enumerate(self.state):
+                if state in states:
+                    file = files[self.place[number] >> 44]
+                    file.seek(self.place[number] & (2**44 - 1))
+                    yield number, file.readline()
 
 
-KEY_IN_LINE = re.compile(rb'\{"id": "batch_req_(\d+)_(\d+)_(\d+)"')
-OK_END = b'"ok": true}}'
-
-
-def merged_lines(run):
-    """The one line that counts for each prompt: a success before an error, then the first by life and place."""
-    best = {}
-    for path in run.segments():
-        for line in read_lines(path):
-            match = KEY_IN_LINE.match(line)
-            if match:
-                found = tuple(map(int, match.groups()))
-                if found not in best or line.endswith(OK_END) and not best[found].endswith(OK_END):
-                    best[found] = line
-    return best
-
-
-def answer_text(body):
-    """The text of an answer, whichever endpoint gave it."""
+def answer_of(body):
+    """What an answer says, whichever engine and endpoint gave it: its text, its reasoning, why it ended."""
     choice = (body.get("choices") or [{}])[0]
     message = choice.get("message") or {}
-    return message.get("content") or choice.get("text") or message.get("refusal") or ""
+    text = message.get("content") or choice.get("text") or message.get("refusal") or ""
+    if not text and message.get("tool_calls"):
+        text = json.dumps(message["tool_calls"], ensure_ascii=False)
+    if not text and body.get("data"):
+        text = json.dumps(body["data"][0].get("embedding"))
+    usage = body.get("usage") or {}
+    return {"answer": text, "reasoning": message.get("reasoning_content") or message.get("reasoning") or "",
+            "finish_reason": choice.get("finish_reason") or "", "prompt_tokens": usage.get("prompt_tokens", 0),
+            "completion_tokens": usage.get("completion_tokens", 0)}
 
 
-def write_results(run, config):
-    """Write what the user asked for from the journals: a file for each answer, errors.jsonl for the rest."""
-    frozen = json.loads(run.prompts_file.read_text())
+def columns_of(record):
+    """The answer columns of a journal line: what `answer_of` finds, or the error."""
+    body = (record["response"] or {}).get("body") or {}
+    if record["llmrun"]["ok"]:
+        return {**answer_of(body), "error": ""}
+    return {**answer_of({}), "error": error_text(record["error"] or body)}
+
+
+def error_text(body):
+    """The words of an error, in any of the shapes that engines give it."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)
+
+
+def write_results(run, config, prompts):
+    """Write what the user asked for from the journals: results.jsonl in input order, errors.jsonl, and the shape
+    that each source came in: a text file for each text file, a CSV with answer columns for a CSV."""
     folder = Path(config.results.folder) if config.results.folder else run.results
     folder.mkdir(parents=True, exist_ok=True)
-    names = result_names(config.results.file_name, [name for name, _ in frozen["files"]])
-    errors = []
-    for (_, row, _), line in sorted(merged_lines(run).items()):
-        if not line.endswith(OK_END):
-            errors.append(line)
-            continue
-        path = folder / names[row]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, answer_text(json.loads(line)["response"]["body"]))
-    if errors:
-        write_file(folder / "errors.jsonl", b"\n".join(errors) + b"\n")
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "errors.jsonl").unlink()
-    return folder
+    marks = Marks(run, prompts)
+    for name, states in (("results.jsonl", (Marks.DONE,)), ("errors.jsonl", (Marks.FAILED,))):
+        if name == "results.jsonl" or marks.count(Marks.FAILED):
+            write_pieces(folder / name, (line for _, line in marks.lines(states)))
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                (folder / name).unlink()
+    kinds = [source.kind for source in prompts.sources]
+    if "folder" in kinds:
+        write_texts(folder, config, prompts, marks)
+    for number in (number for number, kind in enumerate(kinds) if kind == "csv"):
+        write_csv(folder, config, prompts, marks, number)
+    return folder, marks
+
+
+def write_pieces(path, pieces):
+    """A file of many pieces, whole or absent like every other."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.writelines(pieces)
+    os.replace(temporary, path)
+
+
+def write_texts(folder, config, prompts, marks):
+    names = {}
+    for number, line in marks.lines((Marks.DONE,)):
+        source, row, sample = prompts.key(number)
+        if prompts.sources[source].kind == "folder":
+            if source not in names:
+                names[source] = result_names(config, read_json_lines(prompts.sources[source].row_file))
+            name = names[source][row]
+            if prompts.samples > 1:
+                stem, ending = os.path.splitext(name)
+                name = f"{stem}.{sample + 1}{ending}"
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, answer_of(json.loads(line)["response"]["body"])["answer"])
+
+
+def write_csv(folder, config, prompts, marks, wanted):
+    """The rows of a CSV source as they were, each with the columns of its answer."""
+    source, columns = prompts.sources[wanted], config.results.columns
+
+    def row(cells):
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerow(cells)
+        return buffer.getvalue().encode()
+
+    def rows():
+        yield row(source.columns + columns)
+        for number, line in marks.lines((Marks.DONE, Marks.FAILED)):
+            key = prompts.key(number)
+            if key[0] == wanted:
+                answer = columns_of(json.loads(line))
+                yield row(list(prompts.record(key).values()) + [answer[name] for name in columns])
+    write_pieces(folder / os.path.basename(source.path), rows())
+
+
+class Tally:
+    """Counts of the answers of a life, and whether they look like answers at all."""
+
+    def __init__(self, done=0):
+        self.done, self.failed, self.tokens = done, 0, 0
+        self.answers = self.empty = self.cut = 0
+        self.first, self.all_same = None, True
+
+    def add(self, result):
+        if not result.ok:
+            self.failed += 1
+            return
+        found = answer_of(result.answer)
+        self.done += 1
+        self.tokens += found["completion_tokens"]
+        self.answers += 1
+        self.empty += not found["answer"].strip()
+        self.cut += found["finish_reason"] == "length"
+        text = hash(found["answer"])
+        self.first = text if self.first is None else self.first
+        self.all_same = self.all_same and text == self.first
+
+    def doubt(self):
+        """What is suspicious about the answers as a whole, in words for the user."""
+        if self.answers and self.empty == self.answers:
+            return f"all {self.answers} answers are empty: is the chat template right, or max_tokens too small to end thinking?"
+        if self.answers >= 10 and self.all_same:
+            return f"all {self.answers} answers are the same: do the prompts reach the model?"
+        if self.answers >= 2 and self.cut * 2 > self.answers:
+            return f"{self.cut} of {self.answers} answers were cut off by their length: raise [prompts] max_tokens"
+        return ""
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
 # 12 · Work
 #
 # Owns how prompts become results: who asks what when, retries, deadlines and the balance between
-# replicas. Knows nothing of files (results go to whatever has `add`) and nothing of engines beyond a
-# client, a number of slots and a promise to say when they fail.
+# replicas. Knows nothing of files (prompts come from a function, results go to one) and nothing of
+# engines beyond a client, a number of prompts at a time, and a promise to say when they fail.
 # ═══════════════════════════════════════════════════════════════════════════════
 
-RETRY_STATUS = {408, 409, 429, 500, 502, 503, 504}
+RETRY_STATUS = {408, 409, 425, 429}  # and all of 5xx: what can pass by itself
 MAX_ATTEMPTS = 6
+LAST_MOMENTS_S = 15.0  # before the job's end: for the last results and the teardown
+FOR_EVER_S = 30 * 86400.0
 
 
 class Pump:
-    """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop."""
+    """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop.
 
-    def __init__(self, prompts, journal, ends_at):
-        self.prompts = iter(prompts)  # of (row → Prompt) calls, so that a prompt is read when it is sent
-        self.journal, self.ends_at = journal, ends_at
-        self.again = collections.deque()  # prompts to ask once more, with their attempts so far
+    A replica takes its next prompt when it has room, so a faster one takes more; no other balance is needed."""
+
+    def __init__(self, numbers, read, finish, ends_at, held=lambda: ""):
+        self.numbers, self.read, self.finish = iter(numbers), read, finish
+        self.ends_at, self.held = ends_at, held
+        self.again = collections.deque()  # (prompt, attempts so far) to ask once more
         self.waiting = collections.deque()  # workers with nothing to do while others' prompts may come back
-        self.unfinished = 0  # taken from the input and not yet in the journal
+        self.unfinished = 0  # taken from the input and not finished
         self.exhausted = self.draining = False
         self.first_sent = None
+        self.usual_s = 0.0  # how long a prompt takes: a moving average of the answered ones
 
     async def run(self, pairs):
         """Work with each replica from the moment it is ready; fails when the last one has."""
@@ -2900,7 +3400,7 @@ class Pump:
 
     async def work_with(self, replica, start):
         await asyncio.shield(start)
-        workers = [self.worker(replica) for _ in range(in_flight(replica.engine.slots))]
+        workers = [self.worker(replica) for _ in range(replica.engine.in_flight)]
         await replica.unless_failed(first_failure(*workers))
 
     async def worker(self, replica):
@@ -2909,27 +3409,28 @@ class Pump:
             if taken is None:
                 if self.finished:
                     return self.wake_all()
-                await self.wait_for_work()
-                continue
-            await self.ask(replica, *taken)
+                turn = asyncio.get_running_loop().create_future()
+                self.waiting.append(turn)
+                await turn
+            else:
+                while self.held():  # results cannot be written just now: ask nothing that could be lost
+                    await asyncio.sleep(0.05)
+                await self.ask(replica, *taken)
 
     def take(self):
         """The next prompt and its attempts so far, or None when there is none just now."""
+        if clock() + self.usual_s > self.ends_at - LAST_MOMENTS_S and not self.draining:
+            self.drain()
         if self.again:
             return self.again.popleft()
         if self.exhausted or self.draining:
             return None
-        read = next(self.prompts, None)
-        if read is None:
+        number = next(self.numbers, None)
+        if number is None:
             self.exhausted = True
             return None
         self.unfinished += 1
-        return read(), 0
-
-    async def wait_for_work(self):
-        turn = asyncio.get_running_loop().create_future()
-        self.waiting.append(turn)
-        await turn
+        return self.read(number), 0
 
     def wake_all(self):
         while self.waiting:
@@ -2938,7 +3439,10 @@ class Pump:
                 turn.set_result(None)
 
     def put_back(self, prompt, attempts):
-        self.again.append((prompt, attempts))
+        if self.draining:
+            self.unfinished -= 1
+        else:
+            self.again.append((prompt, attempts))
         self.wake_all()
 
     async def ask(self, replica, prompt, attempts):
@@ -2946,9 +3450,10 @@ class Pump:
         self.first_sent = self.first_sent or clock()
         started, began, wait_s = time.time(), clock(), 0.0
         try:
-            answer = await replica.client.request("POST", prompt.url, prompt.body, self.ends_at - began)
-            status, body, error = judge(answer)
-            wait_s = retry_after(answer.headers)
+            message = await replica.client.request("POST", prompt.url, prompt.body,
+                                                   min(self.ends_at - LAST_MOMENTS_S - began, FOR_EVER_S))
+            status, body, answer, error = judge(message)
+            wait_s = retry_after(message.headers)
         except asyncio.CancelledError:
             self.put_back(prompt, attempts)  # its replica failed, or the run is stopping: it was not answered
             raise
@@ -2956,14 +3461,16 @@ class Pump:
             self.put_back(prompt, attempts)  # nothing was asked: the engine may be about to end, or overrun
             return await asyncio.sleep(0.05)
         except WireError as broken:
-            status, body, error = 0, b"", {"code": "connection", "message": str(broken)}
-        attempts += 1
-        if (error or status in RETRY_STATUS) and attempts < MAX_ATTEMPTS:
-            delay = max(wait_s, min(30.0, 0.5 * 2 ** attempts) * (0.5 + secrets.randbelow(1000) / 1000))
+            status, body, answer, error = 0, b"", {}, {"code": "connection", "message": str(broken)}
+        took, attempts = clock() - began, attempts + 1
+        if status == 200:
+            self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
+        elif can_pass(status, answer) and (attempts < MAX_ATTEMPTS or self.draining):
+            delay = max(wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             asyncio.get_running_loop().call_later(delay, self.put_back, prompt, attempts)
             return
         self.unfinished -= 1
-        self.journal.add(Result(prompt, status, body, error, started, clock() - began, attempts, replica.number))
+        self.finish(Result(prompt, status, body, answer, error, started, took, attempts, replica.number))
         if self.finished:
             self.wake_all()
 
@@ -2975,16 +3482,66 @@ class Pump:
         self.wake_all()
 
 
-def judge(answer):
-    """(status, body, error) of an answer: an error only where there is no answer that could be kept."""
+def can_pass(status, answer):
+    """Whether the same question may be answered another time.
+
+    llama.cpp's "Context size has been exceeded" is a 500 that depends on what else runs, so it may, too."""
+    return not status or status in RETRY_STATUS or status >= 500
+
+
+def judge(message):
+    """(status, body, answer, error): the body as one line of JSON, and read; an error where there is no answer."""
+    status, body = message.status, message.body
+    if message.headers.get("content-type", "").startswith("text/event-stream"):
+        try:
+            answer = assemble_stream(body)
+        except ValueError as broken:
+            return 0, b"", {}, {"code": "stream", "message": str(broken)}
+        return status, json.dumps(answer, ensure_ascii=False).encode(), answer, None
     try:
-        json.loads(answer.body)
-        return answer.status, answer.body, None
+        answer = json.loads(body)
+        if not isinstance(answer, dict):
+            raise ValueError
     except ValueError:
-        text = answer.body[:500].decode("utf-8", "replace")
-        if answer.status == 200:
-            return 0, b"", {"code": "not_json", "message": f"the engine's answer is not JSON: {text}"}
-        return answer.status, json.dumps({"error": {"message": text}}).encode(), None
+        text = body[:500].decode("utf-8", "replace")
+        if status == 200:
+            return 0, b"", {}, {"code": "not_json", "message": f"the engine's answer is not JSON: {text}"}
+        answer = {"error": {"message": text}}
+        return status, json.dumps(answer).encode(), answer, None
+    if b"\n" in body:
+        body = json.dumps(answer, ensure_ascii=False).encode()
+    return status, body, answer, None
+
+
+def assemble_stream(data):
+    """The whole answer that an event stream gave in pieces; ValueError if it has no end or tells of an error."""
+    whole, message, ended = {}, {}, False
+    for line in data.decode("utf-8", "replace").splitlines():
+        if not line.startswith("data:"):
+            continue  # a comment (engines ping so), or an event's name
+        piece = line[5:].strip()
+        if piece == "[DONE]":
+            ended = True
+            continue
+        event = json.loads(piece)
+        if "error" in event:
+            raise ValueError(f"the stream broke off: {json.dumps(event['error'])[:300]}")
+        choices = event.pop("choices", None) or [{}]
+        whole.update({name: value for name, value in event.items() if value is not None})
+        choice = whole.setdefault("choices", [{"index": 0}])[0]
+        for name, value in {**choices[0].get("delta", {}), **{
+                name: choices[0][name] for name in ("text", "finish_reason") if choices[0].get(name)}}.items():
+            target = choice if name in ("text", "finish_reason") else message
+            if isinstance(value, str) and name not in ("role", "finish_reason"):
+                value = target.get(name, "") + value
+            if value is not None:
+                target[name] = value
+    if not ended:
+        raise ValueError("the stream has no end")
+    whole["object"] = str(whole.get("object", "")).replace(".chunk", "")
+    if message:
+        whole["choices"][0]["message"] = message
+    return whole
 
 
 def retry_after(headers):
@@ -3095,16 +3652,19 @@ def drive(run, allocation, shape=0):
             log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
     tell("start", job=allocation.job, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
          born=process_birth(os.getpid()), python=sys.version.split()[0])
-    journal, code, why = Journal(run, life), DONE, ""
+    journal, tally, prompts, why = Journal(run, life, tell), Tally(), None, ""
     try:
-        code = asyncio.run(live(run, config, life, allocation, journal, tell))
+        prompts = Input.load(run, config, model_name(config))
+        state = Marks(run, prompts).state
+        tally.done = state.count(Marks.DONE)
+        numbers = [number for number in share_of(range(len(prompts)), *allocation.share) if state[number] != Marks.DONE]
+        code = asyncio.run(live(run, config, life, allocation, prompts, numbers, journal, tally, tell)) if numbers else DONE
     except UserError as error:
         code, why = error.exit_code, str(error)
     except OSError as error:
         code, why = CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}"
-    finally:
-        code, why = save(run, config, journal, code, why)
-        tell("end", code=code, why=why, done=journal.done, failed=journal.failed)
+    code, why = save(run, config, prompts, journal, tally, code, why)
+    tell("end", code=code, why=why, done=tally.done, failed=tally.failed)
     return code
 
 
@@ -3115,51 +3675,62 @@ def process_birth(pid):
     return 0
 
 
-def save(run, config, journal, code, why):
-    """Flush the journal and write the results; what cannot be written changes the verdict."""
+def save(run, config, prompts, journal, tally, code, why):
+    """Flush the journal and write the results; what cannot be written, or hardly is an answer, changes the verdict."""
+    doubt = tally.doubt() if code in (DONE, SOME_FAILED) else ""
+    if tally.answers and tally.empty == tally.answers and code == DONE:
+        code = SOME_FAILED
     try:
         journal.close()
-        folder = write_results(run, config)
+        folder = write_results(run, config, prompts)[0] if prompts else run.results
         write_file(run.summary, json.dumps({
-            "exit_code": code, "why": why, "answered": journal.done, "failed": journal.failed,
-            "completion_tokens": journal.tokens, "results": str(folder)}, indent=1) + "\n")
+            "exit_code": code, "why": why or doubt, "answered": tally.done, "failed": tally.failed,
+            "completion_tokens": tally.tokens, "empty": tally.empty, "cut_off": tally.cut,
+            "results": str(folder)}, indent=1) + "\n")
     except OSError as error:
         return CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py results`"
-    return code, why
+    return code, why or doubt
 
 
-async def live(run, config, life, allocation, journal, tell):
+async def live(run, config, life, allocation, prompts, numbers, journal, tally, tell):
     """The story of a job: agents, engine, every prompt, and back."""
     def told(event, **facts):
         tell(event, **facts)
         if event == "term":
             orders.agent_termed.set()
 
+    def finish(result):
+        journal.add(result)
+        tally.add(result)
+
     orders = Orders(tell)
-    source = FolderSource(config, model_name(config), json.loads(run.prompts_file.read_text()))
-    finished = {row for (_, row, _), line in merged_lines(run).items() if line.endswith(OK_END)}
-    journal.done = len(finished)
-    rows = [row for row in share_of(range(len(source)), *allocation.share) if row not in finished]
-    pump = Pump([lambda row=row: source.prompt(row) for row in rows], journal, allocation.ends_at)
+    pump = Pump(numbers, prompts.prompt, finish, allocation.ends_at, lambda: journal.trouble)
     try:
         async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(),
                           lambda name: run.logs_of(life) / f"{name}-agent.log", told) as nodes:
             tell("agents_up", nodes=len(nodes))
-            engine = ENGINES[config.engine.name](config, run, life, len(nodes))
-            async with replicas(engine, [nodes], told) as pairs, endpoint(run, config, pairs), progress(
-                    pump, journal, len(source), tell):
+            groups = split_groups(nodes, config.engine.replicas)
+            engine = ENGINES[config.engine.name](config, run, life, len(groups[0]))
+            async with replicas(engine, groups, told) as pairs, endpoint(run, config, pairs), progress(
+                    pump, journal, tally, len(prompts), tell):
                 orders.pump = pump
                 await pump.run(pairs)
-                tell("answered", done=journal.done, failed=journal.failed)
+                tell("answered", done=tally.done, failed=tally.failed)
     except asyncio.CancelledError:
         return orders.exit_code
     except ClusterError:
         if await orders.meant_to_end():
             return orders.exit_code or WORK_LEFT
         raise
-    if pump.draining and journal.done + journal.failed < len(source):
+    if pump.draining and not pump.exhausted:
         return WORK_LEFT
-    return SOME_FAILED if journal.failed else DONE
+    return SOME_FAILED if tally.failed else DONE
+
+
+def split_groups(nodes, count):
+    """Equal groups of neighbours, one for each replica."""
+    size = len(nodes) // count
+    return [nodes[number * size:(number + 1) * size] for number in range(count)]
 
 
 def model_name(config):
@@ -3203,25 +3774,28 @@ async def endpoint(run, config, pairs):
 
 
 @contextlib.asynccontextmanager
-async def progress(pump, journal, total, tell):
+async def progress(pump, journal, tally, total, tell):
     """A progress event whenever the counts changed: often at first, at most every 10 s later."""
     began = clock()
 
-    async def report():
+    def report():
+        journal.write()  # what is counted is on disk
+        tell("progress", done=tally.done, failed=tally.failed, total=total, tokens=tally.tokens,
+             answers=tally.answers + tally.failed, working_s=round(clock() - (pump.first_sent or clock()), 2))
+
+    async def keep_reporting():
         told = -1
         while True:
-            if journal.done + journal.failed != told:
-                told = journal.done + journal.failed
-                tell("progress", done=journal.done, failed=journal.failed, total=total, tokens=journal.tokens,
-                     working_s=round(clock() - (pump.first_sent or clock()), 2))
+            if tally.done + tally.failed != told:
+                told = tally.done + tally.failed
+                report()
             await asyncio.sleep(min(10.0, max(0.2, (clock() - began) / 100)))
-    reporting = asyncio.ensure_future(report())
+    reporting = asyncio.ensure_future(keep_reporting())
     try:
         yield
     finally:
         reporting.cancel()
-        tell("progress", done=journal.done, failed=journal.failed, total=total, tokens=journal.tokens,
-             working_s=round(clock() - (pump.first_sent or clock()), 2))
+        report()
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -3267,7 +3841,7 @@ class Prepared(NamedTuple):
     config: Config
     notes: List[str]
     plan: Plan
-    prompts: Dict[str, Any]
+    prompts: Frozen
 
 
 def prepare(config_path, overrides):
@@ -3277,9 +3851,22 @@ def prepare(config_path, overrides):
     plan = plan_nodes(config)
     check_engine_path(config)
     check_output(config)
-    prompts = freeze_prompts(config)
+    check_replicas(config, plan.nodes)
+    prompts = freeze(config, model_name(config), scan_progress)
     config = dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes))
     return Prepared(config, notes, plan, prompts)
+
+
+def scan_progress(done, total):
+    """A bar while a large input is read, on a terminal only."""
+    if on_terminal() and total:
+        sys.stderr.write(f"\rreading the prompts: {100 * done // total}%" if done < total else "\r\033[K")
+
+
+def check_replicas(config, nodes):
+    if nodes % config.engine.replicas:
+        raise config.error("engine.replicas", f"{nodes} nodes cannot be split into {config.engine.replicas} equal groups",
+                           f"set [slurm] nodes to a multiple of {config.engine.replicas}")
 
 
 def check_engine_path(config):
@@ -3327,7 +3914,11 @@ def describe(prepared):
     lines.append(f"nodes     {plan.nodes} for up to {config.slurm.time}"
                  + (f" in partition {config.slurm.partition}" if config.slurm.partition else "")
                  + (f", {config.slurm.jobs} jobs" if config.slurm.jobs > 1 else ""))
-    lines.append(f"prompts   {len(prepared.prompts['files'])} in {config.prompts.user}")
+    lines.append(f"prompts   {len(prepared.prompts)} in {config.prompts.user}"
+                 + (f", each asked {config.prompts.samples} times" if config.prompts.samples > 1 else ""))
+    skipped = prepared.prompts.skipped
+    if skipped:
+        lines.append(f"skipped   {len(skipped)} rows that cannot be asked; the first: {skipped[0]}")
     return lines
 
 
@@ -3485,7 +4076,7 @@ def state_of(run, jobs, slurm):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
     lives, submitted = run.lives(), run.submitted()
     state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
-             "detail": "", "done": 0, "failed": 0, "total": len(json.loads(run.prompts_file.read_text())["files"]),
+             "detail": "", "done": 0, "failed": 0, "total": total_of(run),
              "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": []}
     job = jobs.get(state["job"])
     if not lives:
@@ -3497,7 +4088,7 @@ def state_of(run, jobs, slurm):
             state.update(nodes=event["nodes"], job=event["job"])
         if name == "progress":
             rate = event["tokens"] / event["working_s"] if event["working_s"] else 0
-            per_prompt = event["working_s"] / max(1, event["done"] + event["failed"])
+            per_prompt = event["working_s"] / max(1, event["answers"])
             state.update(done=event["done"], failed=event["failed"], tokens_per_s=round(rate, 1),
                          left_s=round(per_prompt * (event["total"] - event["done"] - event["failed"])))
         if name in PHASES:
@@ -3508,6 +4099,11 @@ def state_of(run, jobs, slurm):
             return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"], left_s=0,
                         exit_code=event["code"], done=event["done"], failed=event["failed"])
     return state if is_alive(events[0], job) else dict(state, **how_it_died(run, events[0], job, slurm))
+
+
+def total_of(run):
+    frozen = json.loads(run.input_file("input.json").read_text())
+    return sum(Source(*source).rows for source in frozen["sources"]) * run.config().prompts.samples
 
 
 def state_before_start(run, job_id, job):
@@ -3696,34 +4292,69 @@ def command_cancel(args):
 def command_results(args):
     run = find_run(args)
     config = run.config()
-    folder = write_results(run, config)
-    records = [json.loads(line) for _, line in sorted(merged_lines(run).items())]
-    if args.failed:
-        records = [record for record in records if not record["llmrun"]["ok"]]
-    if args.format == "jsonl" or args.json:
-        for record in records:
-            say(json.dumps(record, ensure_ascii=False))
-        return DONE
-    rows = []
-    for record in records:
-        body = (record["response"] or {}).get("body") or {}
-        text = answer_text(body) if record["llmrun"]["ok"] else f"({failure_text(record)})"
-        tokens = (body.get("usage") or {}).get("completion_tokens", 0)
-        rows.append([record["custom_id"], str(tokens), f"{record['llmrun']['time_s']:.1f}s", text[:200]])
-    if args.format == "text":
-        for record, row in zip(records, rows):
-            say(colored(f"── {record['custom_id']}", "1"))
-            say(answer_text((record["response"] or {}).get("body") or {}) if record["llmrun"]["ok"] else row[3])
-    else:
-        say_table(["PROMPT", "TOKENS", "TIME", "ANSWER"], [row[:3] + [row[3][:70]] for row in rows] if on_terminal() else rows)
-    if on_terminal():
-        say(f"{len(rows)} shown; the files are in {folder}")
+    prompts = Input.load(run, config, model_name(config))
+    folder, marks = write_results(run, config, prompts)
+    states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
+    show = RESULT_FORMATS["jsonl" if args.json else args.format]
+    show(line for _, line in marks.lines(states))
+    if args.follow:
+        follow_results(run, show, args.failed)
+    elif on_terminal():
+        say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; the files are in {folder}")
     return DONE
 
 
-def failure_text(record):
-    error = record["error"] or (record["response"]["body"] or {}).get("error") or {}
-    return error.get("message", str(error)) if isinstance(error, dict) else str(error)
+def follow_results(run, show, failed):
+    """Show what the journals gain until the run ends."""
+    places = {path: path.stat().st_size for path in run.segments()}
+    while True:
+        ended = state_of(run, {}, None)["exit_code"] is not None
+        for path in run.segments():
+            with open(path, "rb") as file:
+                file.seek(places.get(path, 0))
+                lines = [line for line in file if line.endswith(b"}}\n") and not (failed and line.endswith(OK_END))]
+                places[path] = places.get(path, 0) + sum(map(len, lines)) if not failed else file.tell()
+            show(iter(lines))
+        if ended:
+            return
+        time.sleep(0.3)
+
+
+def show_jsonl(lines):
+    for line in lines:
+        say(line.decode().rstrip("\n"))
+
+
+def show_table(lines):
+    header = ["PROMPT", "TOKENS", "TIME", "ANSWER"]
+    rows = []
+    for record in map(json.loads, lines):
+        found = columns_of(record)
+        text = found["answer"] if record["llmrun"]["ok"] else f"({found['error']})"
+        rows.append([record["custom_id"], str(found["completion_tokens"]), f"{record['llmrun']['time_s']:.1f}s",
+                     text[:70] if on_terminal() else text[:200]])
+        if len(rows) == 500:
+            say_table(header, rows)
+            rows = []
+    say_table(header, rows)
+
+
+def show_texts(lines):
+    for record in map(json.loads, lines):
+        found = columns_of(record)
+        say(colored(f"── {record['custom_id']}", "1"))
+        say(found["answer"] or f"({found['error']})")
+
+
+def show_csv(lines):
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["custom_id", *ANSWER_COLUMNS])
+    for record in map(json.loads, lines):
+        found = columns_of(record)
+        writer.writerow([record["custom_id"]] + [found[name] for name in ANSWER_COLUMNS])
+
+
+RESULT_FORMATS = {"table": show_table, "text": show_texts, "jsonl": show_jsonl, "csv": show_csv}
 
 
 def command_demo(args):
@@ -3742,7 +4373,8 @@ def command_demo(args):
         code = run_here(prepared, quiet=False)
     if code == DONE:
         say()
-        command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False))
+        command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False,
+                                           follow=False))
         say()
         say("Next: `python llmrun.py init` writes a config for a real model.")
     return code
@@ -3784,7 +4416,8 @@ def command_help_table():
             ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"})]),
         ("cancel", command_cancel, "stop a run; finished prompts are kept", run),
         ("results", command_results, "the answers so far", run + as_json + [
-            ("--format", {"choices": ["table", "text", "jsonl"], "default": "table", "help": "table, text or jsonl"}),
+            ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
+            ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"}),
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
         ("help", command_help, "more on a topic: config, files, codes, engines",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
@@ -3797,7 +4430,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         match = re.search(r"invalid choice: '([^']*)'", message)
         names = [row[0] for row in command_help_table() if row[2]]
-        if match and match.group(1) not in ("table", "text", "jsonl"):
+        if match and "COMMAND" in message:
             raise UserError(f"llmrun.py {match.group(1)}", "no such command",
                             nearest(match.group(1), names) or "there are " + ", ".join(names))
         raise UserError(self.prog, message, f"`{self.prog} --help` shows what it takes")

@@ -59,7 +59,7 @@ def test_a_broken_toml_file_names_its_line(site, text, words):
     assert words in refused(site, "config.toml")
 
 
-@pytest.mark.parametrize("text, words", [("{", "config.json:1"), ('{"name": "x",\n}', "config.json:2"), ("[1]", "not a table"),
+@pytest.mark.parametrize("text, words", [("{", "config.json:1"), ('{"name": "x"\n y}', "config.json:2"), ("[1]", "not a table"),
                                          ("", "config.json:1"), ('{"nme": "x"}', 'did you mean "name"')])
 def test_a_broken_json_file_names_its_line(site, text, words):
     (site.folder / "config.json").write_text(text)
