@@ -55,6 +55,8 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
+import gc
 import glob
 import hashlib
 import io
@@ -152,6 +154,19 @@ def read_json_lines(path):
             yield json.loads(line)
 
 
+decode_json = json.JSONDecoder().raw_decode
+encode_text = json.encoder.encode_basestring  # a text as JSON, in quotes
+
+
+def read_json(data):
+    """json.loads for the many small bodies of a run, where what stands around the parser costs as much as it."""
+    text = data.decode().strip()
+    value, end = decode_json(text)
+    if end != len(text):
+        raise ValueError("more than one JSON value")
+    return value
+
+
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9,
               "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DURATION_UNITS = {"ms": 0.001, "": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -197,6 +212,7 @@ def nearest(word, words):
 
 
 clock = time.monotonic  # for waits and durations; the time of day is only ever written down
+CLOCK_TO_DATE = time.time() - clock()
 
 
 def log(text):
@@ -1499,101 +1515,108 @@ MAX_HEAD_BYTES = 2**16
 MAX_BODY_BYTES = 2**28
 
 
-class MessageReader:
-    """Takes bytes as they come; gives the message when it is whole.
+class Head(NamedTuple):
+    """The head of a message, and what it says of the body."""
 
-    What comes after a whole message stays in `rest`."""
+    start: str
+    headers: Dict[str, str]
+    chunked: bool
+    length: Optional[int]  # None: up to the end of the connection
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_head(data, response):
+    """Servers send the same few heads over and over: reading one is most of the work of reading a short answer."""
+    start, *lines = data.decode("latin-1").split("\r\n")
+    headers = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name or name != name.strip():
+            raise WireError(f"not a header: {line[:80]!r}")
+        headers[name.lower()] = value.strip()
+    if response and not (start.startswith("HTTP/1.") and start[9:12].isdigit()):
+        raise WireError(f"not HTTP: {start[:80]!r}")
+    text = headers.get("content-length")
+    if text is not None and (not (text.isascii() and text.isdigit()) or int(text) > MAX_BODY_BYTES):
+        raise WireError(f"content-length {text[:20]!r}")
+    length = int(text) if text is not None else None if response and start[9:12] not in ("204", "304") else 0
+    return Head(start, headers, headers.get("transfer-encoding", "").lower() == "chunked", length)
+
+
+class MessageReader:
+    """Takes bytes as they come; gives the message when it is whole. What comes after it stays in `rest`."""
 
     def __init__(self, response):
         self.response = response
-        self.reset(b"")
-
-    def reset(self, rest):
-        self.rest, self.start, self.headers, self.body = bytearray(rest), None, {}, bytearray()
-        self.length = None  # of the body still to come; None until known or up to the end of the connection
-        self.chunked = False
+        self.rest, self.head, self.body = b"", None, bytearray()
 
     def feed(self, data):
-        self.rest += data
-        while self.start is None:
-            end = self.rest.find(b"\r\n\r\n")
-            if end > MAX_HEAD_BYTES or end < 0 and len(self.rest) > MAX_HEAD_BYTES:
+        while self.head is None:
+            data = self.rest + data if self.rest else data
+            self.rest = b""
+            end = data.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or end < 0 and len(data) > MAX_HEAD_BYTES:
                 raise WireError("the head of the message has no end")
             if end < 0:
+                self.rest = data
                 return None
-            self.take_head(bytes(self.rest[:end]))
-            del self.rest[:end + 4]
-        if self.chunked:
-            return self.feed_chunks()
-        if self.length is None:
-            self.body, self.rest = self.body + self.rest, bytearray()
+            head, data = parse_head(data[:end], self.response), data[end + 4:]
+            if not self.response or head.start[9:10] != "1":  # 100 Continue and its like stand before the real answer
+                self.head = head
+        if self.head.chunked:
+            return self.feed_chunks(data)
+        length = self.head.length
+        if self.body or length is None or len(data) < length:
+            self.body += data
             if len(self.body) > MAX_BODY_BYTES:
                 raise WireError("the body is endless")
-            return None
-        if len(self.rest) < self.length:
-            return None
-        return self.whole(bytes(self.rest[:self.length]), self.rest[self.length:])
+            if length is None or len(self.body) < length:
+                return None
+            data = bytes(self.body)
+        return self.whole(data[:length], data[length:])
 
-    def take_head(self, head):
-        start, *lines = head.decode("latin-1").split("\r\n")
-        headers = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon or not name or name != name.strip():
-                raise WireError(f"not a header: {line[:80]!r}")
-            headers[name.lower()] = value.strip()
-        if self.response:
-            status = start[9:12]
-            if not start.startswith("HTTP/1.") or not status.isdigit():
-                raise WireError(f"not HTTP: {start[:80]!r}")
-            if status[0] == "1":  # 100 Continue and its like stand before the real answer
-                return
-        self.start, self.headers = start, headers
-        self.chunked = headers.get("transfer-encoding", "").lower() == "chunked"
-        length = headers.get("content-length")
-        if length is not None:
-            if not (length.isascii() and length.isdigit()) or int(length) > MAX_BODY_BYTES:
-                raise WireError(f"content-length {length[:20]!r}")
-            self.length = int(length)
-        elif not self.response or start[9:12] in ("204", "304"):
-            self.length = 0
-
-    def feed_chunks(self):
+    def feed_chunks(self, data):
+        self.rest += data
         while True:
             end = self.rest.find(b"\r\n")
             if end < 0:
                 if len(self.rest) > 1024:
                     raise WireError("a chunk's size has no end")
                 return None
-            size_text = bytes(self.rest[:end]).split(b";")[0].strip()
+            size_text = self.rest[:end].split(b";")[0].strip()
             if not re.fullmatch(rb"[0-9a-fA-F]{1,8}", size_text):
                 raise WireError(f"not a chunk's size: {size_text[:20]!r}")
             size = int(size_text, 16)
             if len(self.body) + size > MAX_BODY_BYTES:
                 raise WireError("the body is endless")
             if size == 0:
-                trailer = self.rest.find(b"\r\n\r\n", end)
-                if trailer < 0:
-                    if len(self.rest) > MAX_HEAD_BYTES:
-                        raise WireError("the trailer has no end")
-                    return None
-                return self.whole(bytes(self.body), self.rest[trailer + 4:])
+                return self.end_chunks(end)
             if len(self.rest) < end + 2 + size + 2:
                 return None
-            self.body += self.rest[end + 2:end + 2 + size]
             if self.rest[end + 2 + size:end + 4 + size] != b"\r\n":
                 raise WireError("a chunk is longer than it says")
-            del self.rest[:end + 4 + size]
+            self.body += self.rest[end + 2:end + 2 + size]
+            self.rest = self.rest[end + 4 + size:]
+
+    def end_chunks(self, end):
+        trailer = self.rest.find(b"\r\n\r\n", end)
+        if trailer >= 0:
+            return self.whole(bytes(self.body), self.rest[trailer + 4:])
+        if len(self.rest) > MAX_HEAD_BYTES:
+            raise WireError("the trailer has no end")
+        return None
 
     def ended(self):
         """The message that the end of the connection makes whole, if it does."""
-        if self.start is not None and self.length is None and not self.chunked:
+        if self.head and self.head.length is None and not self.head.chunked:
             return self.whole(bytes(self.body), b"")
         return None
 
     def whole(self, body, rest):
-        message = Message(self.start, self.headers, body)
-        self.reset(rest)
+        message = Message(self.head.start, self.head.headers, body)
+        self.head, self.rest = None, rest
+        if self.body:
+            self.body = bytearray()
         return message
 
 
@@ -1611,12 +1634,8 @@ class Connection(asyncio.Protocol):
         self.transport = transport
         self.siblings.add(self)
 
-    def send(self, request, deadline):
-        """A future of the answer."""
-        self.answer = asyncio.get_running_loop().create_future()
-        self.heard, self.deadline = False, deadline
-        self.transport.write(request)
-        return self.answer
+    def expect(self, answer, deadline):
+        self.answer, self.heard, self.deadline = answer, False, deadline
 
     def data_received(self, data):
         self.heard = True
@@ -1667,21 +1686,26 @@ class Client:
     def __init__(self, host, port, key=""):
         self.host, self.port = host, port
         self.idle, self.all = [], set()
+        self.outbox = []  # (connection, request) pairs of this turn of the loop
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.common = f" HTTP/1.1\r\nHost: {authority}\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "")
+        self.heads = {}  # (method, path) → the beginning of such a request
         self.sweeping = None
 
     async def request(self, method, path, body=b"", timeout_s=60.0):
         """The answer to one request; WireError when there is none within the time."""
-        head = f"{method} {path}{self.common}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        request = head.encode() + body
+        head = self.heads.get((method, path))
+        if head is None:
+            head = f"{method} {path}{self.common}Content-Type: application/json\r\nContent-Length: ".encode()
+            self.heads[method, path] = head
+        request = b"%b%d\r\n\r\n%b" % (head, len(body), body)
         deadline = clock() + timeout_s
         while True:
             connection = self.take_idle()
             reused = connection is not None
             connection = connection or await self.connect()
             try:
-                message = await connection.send(request, deadline)
+                message = await self.send(connection, request, deadline)
             except WireError:
                 if reused and not connection.heard and clock() < deadline:
                     continue  # a server may close a connection that rests; nothing was answered, so ask again
@@ -1692,6 +1716,24 @@ class Client:
             if connection.usable:
                 self.idle.append(connection)
             return message
+
+    def send(self, connection, request, deadline):
+        """A future of the answer.
+
+        Requests leave together at the end of the loop's turn: sent one by one, each would have to wake a
+        server that had just gone to sleep (15 % slower, measured against nginx on another core)."""
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+        connection.expect(answer, deadline)
+        if not self.outbox:
+            loop.call_soon(self.flush)
+        self.outbox.append((connection, request))
+        return answer
+
+    def flush(self):
+        outbox, self.outbox = self.outbox, []
+        for connection, request in outbox:
+            connection.transport.write(request)
 
     def take_idle(self):
         while self.idle:
@@ -2668,10 +2710,16 @@ class Source(NamedTuple):
     mtime_ns: int
     digest: str
     columns: List[str]
+    splice: str  # what goes before each row's own body, where all rows are alike enough for that; else ""
 
 
 class BadRow(Exception):
     """A row that cannot be asked, and what to do about it."""
+
+
+# The usual layout of a Batch request, as OpenAI's documentation writes it.
+BATCH_ROW = re.compile(rb'\s*\{\s*"custom_id":\s*"([^"\\]+)",\s*"method":\s*"POST",\s*"url":\s*"(/v1/[a-z/]+)",'
+                       rb'\s*"body":\s*(\{.*\})\s*\}\s*', re.DOTALL)
 
 
 class Asking:
@@ -2717,6 +2765,16 @@ class Asking:
         limited = LENGTH_KEYS & (set(body) | set(self.defaults))
         return {**({} if limited else {"max_tokens": self.config.max_tokens}), **self.defaults, **body}
 
+    def splice(self, data, record, body):
+        """The beginning that makes a Batch row's own bytes into the request, where that is all there is to do.
+
+        Cutting a body out and sending it costs a quarter of reading it and writing it again."""
+        match = BATCH_ROW.fullmatch(data)
+        if not match or read_json(match.group(3)) != record.get("body"):
+            return ""
+        added = json.dumps({name: value for name, value in body.items() if name not in record["body"]})
+        return added[:-1] + ", " if added != "{}" else "{"
+
     @staticmethod
     def file_text(source, record):
         path = os.path.join(source.path, record["path"])
@@ -2751,7 +2809,9 @@ def read_record(kind, columns, data):
             raise BadRow(f"{len(fields)} fields where the header has {len(columns)}; quote fields that hold commas")
         return dict(zip(columns, fields))
     try:
-        record = json.loads(data)
+        record = read_json(data)
+    except UnicodeDecodeError:
+        raise
     except ValueError as error:
         raise BadRow(f"not JSON: {getattr(error, 'msg', error)}; a row is one line with one JSON object")
     if not isinstance(record, dict):
@@ -2814,14 +2874,21 @@ class Input:
     def number(self, key):
         return self.starts[key[0]] + key[1] * self.samples + key[2]
 
-    def record(self, key):
+    def row(self, key):
         source, row, _ = key
         offset, length = struct.unpack_from("<QQ", self.indexes[source], 16 * row)
-        data = os.pread(self.files[source].fileno(), length, offset)
-        return read_record(self.sources[source].kind, self.sources[source].columns, data)
+        return os.pread(self.files[source].fileno(), length, offset)
+
+    def record(self, key):
+        return read_record(self.sources[key[0]].kind, self.sources[key[0]].columns, self.row(key))
 
     def prompt(self, number):
         key = self.key(number)
+        splice = self.sources[key[0]].splice
+        match = BATCH_ROW.fullmatch(self.row(key)) if splice and self.samples == 1 else None
+        if match:
+            custom_id, url, body = match.groups()
+            return Prompt(key, custom_id.decode(), url.decode(), splice.encode() + body[1:])
         try:
             record = self.record(key)
             custom_id, url, body = self.asking.of_record(self.sources[key[0]], record, key[1])
@@ -2900,7 +2967,7 @@ def freeze(config, model, tell=lambda done, total: None):
     sources, indexes, skipped, hashes = [], [], [], array.array("Q")
     for number, (kind, path) in enumerate(find_sources(config)):
         row_file = make_row_file(kind, path, os.path.join(spool.name, f"{number}.rows"))
-        source, index = scan_source(Source(kind, path, row_file, 0, 0, 0, "", []), asking, skipped, hashes, tell)
+        source, index = scan_source(Source(kind, path, row_file, 0, 0, 0, "", [], ""), asking, skipped, hashes, tell)
         sources.append(source)
         indexes.append(index)
     if not any(source.rows for source in sources):
@@ -2965,7 +3032,7 @@ def prompt_files(folder):
 
 def scan_source(source, asking, skipped, hashes, tell):
     """The source with its counts, and the (offset, length) of each of its good rows."""
-    index = array.array("Q")
+    index, splices = array.array("Q"), set()
     try:
         with open(source.row_file, "rb") as file:
             found, scanner = os.fstat(file.fileno()), RowScanner(file, source.kind)
@@ -2976,7 +3043,8 @@ def scan_source(source, asking, skipped, hashes, tell):
             for line, offset, data in rows:
                 try:
                     record = read_record(source.kind, source.columns, data)
-                    custom_id = asking.of_record(source, record, len(index) // 2)[0]
+                    custom_id, _, body = asking.of_record(source, record, len(index) // 2)
+                    splices.add(asking.splice(data, record, body))
                 except BadRow as bad:
                     skip_or_fail(asking, f"{source.path}:{line}", bad, skipped)
                     continue
@@ -2991,7 +3059,8 @@ def scan_source(source, asking, skipped, hashes, tell):
         raise UserError(f"{source.path}:{scanner.line}", "not UTF-8 text", "save the file as UTF-8")
     except csv.Error as error:
         raise UserError(f"{source.path}:{scanner.line}", f"not CSV: {error}", "mend the quotes of that row")
-    return source._replace(rows=len(index) // 2, size=found.st_size, mtime_ns=found.st_mtime_ns,
+    splice = splices.pop() if len(splices) == 1 else ""
+    return source._replace(rows=len(index) // 2, splice=splice, size=found.st_size, mtime_ns=found.st_mtime_ns,
                            digest=scanner.hash.hexdigest()), index
 
 
@@ -3082,7 +3151,7 @@ def journal_line(result):
         error = json.dumps(result.error).encode()
     return b'{"id": "batch_req_%s", "custom_id": %s, "response": %s, "error": %s, "llmrun": {"row": %d, "sample": %d, ' \
            b'"started": %.3f, "time_s": %.4f, "attempts": %d, "replica": %d, "ok": %s}}\n' % (
-               key, json.dumps(result.prompt.custom_id, ensure_ascii=False).encode(), response, error,
+               key, encode_text(result.prompt.custom_id).encode(), response, error,
                result.prompt.key[1], result.prompt.key[2], result.started, result.time_s, result.attempts,
                result.replica, b"true" if result.ok else b"false")
 
@@ -3447,13 +3516,13 @@ class Pump:
 
     async def ask(self, replica, prompt, attempts):
         """One attempt at a prompt: a result, or another attempt later."""
-        self.first_sent = self.first_sent or clock()
-        started, began, wait_s = time.time(), clock(), 0.0
+        began, wait_s = clock(), 0.0
+        self.first_sent = self.first_sent or began
         try:
             message = await replica.client.request("POST", prompt.url, prompt.body,
                                                    min(self.ends_at - LAST_MOMENTS_S - began, FOR_EVER_S))
             status, body, answer, error = judge(message)
-            wait_s = retry_after(message.headers)
+            wait_s = 0.0 if status == 200 else retry_after(message.headers)
         except asyncio.CancelledError:
             self.put_back(prompt, attempts)  # its replica failed, or the run is stopping: it was not answered
             raise
@@ -3470,7 +3539,7 @@ class Pump:
             asyncio.get_running_loop().call_later(delay, self.put_back, prompt, attempts)
             return
         self.unfinished -= 1
-        self.finish(Result(prompt, status, body, answer, error, started, took, attempts, replica.number))
+        self.finish(Result(prompt, status, body, answer, error, began + CLOCK_TO_DATE, took, attempts, replica.number))
         if self.finished:
             self.wake_all()
 
@@ -3499,7 +3568,7 @@ def judge(message):
             return 0, b"", {}, {"code": "stream", "message": str(broken)}
         return status, json.dumps(answer, ensure_ascii=False).encode(), answer, None
     try:
-        answer = json.loads(body)
+        answer = read_json(body)
         if not isinstance(answer, dict):
             raise ValueError
     except ValueError:
@@ -3650,6 +3719,8 @@ def drive(run, allocation, shape=0):
         events.write(event, **facts)
         if event != "progress":
             log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
+    gc.freeze()  # the program itself is no garbage: look only at what comes, and not after every 700 objects
+    gc.set_threshold(20000, 20, 100)
     tell("start", job=allocation.job, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
          born=process_birth(os.getpid()), python=sys.version.split()[0])
     journal, tally, prompts, why = Journal(run, life, tell), Tally(), None, ""

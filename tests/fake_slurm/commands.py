@@ -8,8 +8,10 @@ import time
 import traceback
 
 from . import show
+from .arrays import drop_waiting, make_array, named_jobs, parse_array, read_name
 from .dependencies import parse_dependency
 from .environment import allocation_variables, exported, login_variables
+from .files import name_files
 from .formats import fold, parse_signal
 from .model import Job, Node
 from .options import Refusal, read_command_line, read_directives, read_environment
@@ -72,7 +74,7 @@ async def sbatch(controller, client, argv):
         client.out("%d\n" % job.id)
     elif "quiet" not in options:
         client.out("Submitted batch job %d\n" % job.id)
-    return await wait_for(job) if "wait" in options else 0
+    return await wait_for(controller, job) if "wait" in options else 0
 
 
 async def batch_script(client, given, words):
@@ -145,42 +147,15 @@ def prepare_batch(controller, job, options):
     environment["SLURM_SUBMIT_DIR"] = job.workdir if "chdir" not in options else job.environment.get("PWD", job.workdir)
     environment["SLURM_JOB_NAME"] = job.request.name
     job.environment = environment
-    job.output = options.get("output", "slurm-%j.out" if "array" not in options else "slurm-%A_%a.out")
-    job.error, job.input = options.get("error", ""), options.get("input", "/dev/null")
-
-
-def name_files(job):
-    """%j and the like are known only now; relative paths are below the job's folder."""
-    job.raw_output = job.output
-    names = {name: os.path.join(job.workdir, expand_pattern(getattr(job, name), job)) for name in ("output", "error", "input")
-             if getattr(job, name)}
-    for name, path in names.items():
-        setattr(job, name, path)
-    if job.input == "none":
-        job.input = "/dev/null"
-
-
-def expand_pattern(path, job, step=None, task=None):
-    """%j %x %N %t ...; a number in between pads: %4j. A backslash turns patterns off."""
-    if "\\" in path:
-        return path.replace("\\", "")
-    values = {"%": "%", "j": job.id, "A": job.array_job or job.id, "a": 4294967294 if job.array_task is None else job.array_task,
-              "J": job.id if step is None else step.label, "x": job.request.name, "u": job.user,
-              "N": os.uname().nodename.split(".")[0], "n": task.nodeid if task else 0, "t": task.procid if task else 0,
-              "s": step.id if step else "batch"}
-
-    def value(match):
-        width, letter = match.groups()
-        text = str(values.get(letter, match.group(0)))
-        return text.zfill(min(int(width), 10)) if width and text.isdigit() else text
-    return re.sub(r"%(\d*)([%jAaJxuNnts])", value, path)
+    output = options.get("output", "slurm-%j.out" if "array" not in options else "slurm-%A_%a.out")
+    job.patterns = {"output": output, "error": options.get("error", ""), "input": options.get("input", "/dev/null")}
 
 
 def admit(controller, tool, job, options):
     """Last checks, then a number and a place in the queue."""
-    if "array" in options:
-        check_array(controller, options["array"])
-        raise Refusal(1, failed(tool, "Job arrays are not built into this bench yet"))
+    largest = int(controller.conf.values["MaxArraySize"])
+    if "array" in options and not parse_array(options["array"], largest):
+        raise Refusal(1, failed(tool, "Invalid job array specification"))
     if parse_dependency(job.request.dependency) is None:
         raise Refusal(1, failed(tool, "Job dependency problem"))
     try:
@@ -190,16 +165,11 @@ def admit(controller, tool, job, options):
             leave_failed(controller, job)
         raise
     job.id = controller.new_id()
+    if "array" in options:
+        make_array(job, options["array"], largest)
     if job.script is not None:
         name_files(job)
     controller.add(job)
-
-
-def check_array(controller, text):
-    numbers = [int(number) for number in re.findall(r"\d+", text.partition("%")[0])]
-    backwards = any(int(low) > int(high) for low, high in re.findall(r"(\d+)-(\d+)", text))
-    if not numbers or backwards or max(numbers) >= int(controller.conf.values["MaxArraySize"]):
-        raise Refusal(1, failed("sbatch", "Invalid job array specification"))
 
 
 def leave_failed(controller, job):
@@ -234,9 +204,16 @@ def test_only(controller, client, job):
     return 0
 
 
-async def wait_for(job):
-    await job.finished.wait()
-    return 1 if job.exit_signal else job.exit_code
+async def wait_for(controller, job):
+    """The highest code of an array's tasks."""
+    codes = {}
+    while True:
+        tasks = named_jobs(controller.jobs, str(job.id)) or [job]
+        codes.update((each.id, 1 if each.exit_signal else each.exit_code) for each in tasks if not each.live)
+        waiting = next((each for each in tasks if each.live), None)
+        if not waiting:
+            return max(codes.values())
+        await waiting.finished.wait()
 
 
 # srun ------------------------------------------------------------------------------------------
@@ -425,7 +402,7 @@ async def scancel(controller, client, argv):
 
 def unknown_ids(controller, client, ids):
     """Silent for a mere scancel, an error for a signal."""
-    unknown = [word for word in ids if word.isdigit() and int(word) not in controller.jobs]
+    unknown = [word for word in ids if read_name(word) and not named_jobs(controller.jobs, word)]
     for word in unknown:
         client.err("scancel: error: Kill job error on job id %s: Invalid job id specified" % word)
     return 1 if unknown else 0
@@ -434,12 +411,12 @@ def unknown_ids(controller, client, ids):
 def scancel_targets(controller, client, wishes, ids):
     if ids:
         for word in ids:
-            match = re.fullmatch(r"(\d+)(?:_\d+)?(?:\.(\d+))?", word)
-            if not match:
+            name, _, step = word.partition(".")
+            if not read_name(name) or not re.fullmatch(r"\d*", step):
                 raise Refusal(1, "scancel: error: Invalid job id %s" % word)
-            job = controller.jobs.get(int(match.group(1)))
-            if job and selected(job, client, wishes):
-                yield job, None if match.group(2) is None else int(match.group(2))
+            for job in named_jobs(controller.jobs, name):
+                if selected(job, client, wishes) and not (job.state == "PENDING" and drop_waiting(job, name)):
+                    yield job, int(step) if step else None
         return
     for job in list(controller.jobs.values()):
         if job.live and selected(job, client, wishes):

@@ -9,9 +9,11 @@ import shutil
 import signal
 import time
 
+from .arrays import running_tasks, split_off
 from .conf import read_conf
 from .dependencies import judge_dependency
 from .environment import batch_variables
+from .files import name_files
 from .formats import UNLIMITED
 from .model import Node, Step, Task
 from .processes import CLUSTER_MARK, Tracking, adopt_orphans, descendants, marks, send, spawn, start_time, with_marks
@@ -116,9 +118,12 @@ class Controller:
                                       -job.priority))
         blocked = {}                        # partition -> when its first waiting job may start
         for job in waiting:
-            job.reason = self.obstacle(job)
-            if job.reason == "None":
-                self.try_partitions(job, blocked, backfill)
+            while self.try_start(job, blocked, backfill) and job.state == "PENDING":
+                pass                        # the next task of an array
+
+    def try_start(self, job, blocked, backfill):
+        job.reason = self.obstacle(job)
+        return job.reason == "None" and self.try_partitions(job, blocked, backfill)
 
     def obstacle(self, job):
         """Why a job is not even looked at, or None."""
@@ -130,6 +135,8 @@ class Controller:
             return self.unmet(job, verdict)
         if job.eligible is None or job.eligible > now:
             return "BeginTime"
+        if job.array and job.array.limit and running_tasks(self, job) >= job.array.limit:
+            return "JobArrayTaskLimit"
         reasons = [partition_reason(job.request, self.conf, name) for name in job.request.partitions]
         return reasons[0] if all(reasons) else "None"
 
@@ -149,11 +156,13 @@ class Controller:
             shares = {} if behind else place(job.request, self.conf, [self.nodes[node] for node in partition.nodes],
                                              partition.max_nodes)
             if shares:
-                return self.start(job, name, shares)
+                self.start(split_off(self, job, job.array_waiting[0]) if job.array_waiting else job, name, shares)
+                return True
             job.reason = "Priority" if name in blocked else self.wait_reason(job, partition)
             if job.reason != "BadConstraints" and name not in blocked:
                 blocked[name] = self.estimate(job, partition)
                 job.planned = blocked[name] if backfill else job.planned
+        return False
 
     def wait_reason(self, job, partition):
         empty = [Node(self.conf.nodes[name]) for name in partition.nodes]
@@ -180,6 +189,7 @@ class Controller:
             self.nodes[name].holders[job.id] = share
         job.allocated.set()
         if job.script is not None:
+            name_files(job)
             self.start_batch(job)
 
     def end(self, job, state, reason="None"):

@@ -2,12 +2,14 @@
 
 import re
 
+from .arrays import named_jobs
+
 GOOD = ("COMPLETED",)
 KINDS = ("after", "afterany", "afterok", "afternotok", "aftercorr", "singleton")
 
 
 def parse_dependency(text):
-    """`afterok:1:2,afterany:3` -> [(kind, id), ...]; None if Slurm does not take it."""
+    """`afterok:1:2,afterany:3_4` -> [(kind, name), ...]; None if Slurm does not take it."""
     parts = []
     for word in re.split(r"[,?]", text) if text else []:
         kind, *ids = word.split(":")
@@ -16,17 +18,21 @@ def parse_dependency(text):
         if kind == "singleton":
             parts.append((kind, None))
         for number in ids:
-            match = re.fullmatch(r"(\d+)(?:_\d+|_\*)?(?:\+\d+)?", number)
-            if not match:
+            if not re.fullmatch(r"(\d+)(?:_\d+|_\*)?(?:\+\d+)?", number):
                 return None
-            parts.append((kind, int(match.group(1))))
+            parts.append((kind, number))
     return parts
 
 
-def verdict(kind, other):
-    """met, wait or never. A job that nobody knows counts as done well."""
-    if other is None:
-        return "met"
+def verdict(kind, job, jobs, name):
+    """met, wait or never; of an array's tasks all. A job that nobody knows counts as done well."""
+    if kind == "aftercorr" and job.array and "_" not in name:
+        name = "%s_%d" % (name, job.array_task if job.array_task is not None else job.array_waiting[0])
+    found = [one_verdict(kind, other) for other in named_jobs(jobs, name)]
+    return next((word for word in ("never", "wait") if word in found), "met")
+
+
+def one_verdict(kind, other):
     if kind == "after":
         return "met" if other.started or not other.live else "wait"
     if other.live:
@@ -42,8 +48,8 @@ def singleton(job, jobs):
 
 
 def verdicts(job, jobs):
-    for kind, number in parse_dependency(job.request.dependency) or ():
-        yield kind, number, singleton(job, jobs) if kind == "singleton" else verdict(kind, jobs.get(number))
+    for kind, name in parse_dependency(job.request.dependency) or ():
+        yield kind, name, singleton(job, jobs) if kind == "singleton" else verdict(kind, job, jobs, name)
 
 
 def judge_dependency(job, jobs):
@@ -58,8 +64,8 @@ def show_dependency(job, jobs):
     if job.state != "PENDING":
         return "(null)"
     words = []
-    for kind, number, result in verdicts(job, jobs):
+    for kind, name, result in verdicts(job, jobs):
         if result != "met":
             note = "(failed)" if result == "never" else "(unfulfilled)"
-            words.append(("singleton" if number is None else "%s:%d" % (kind, number)) + note)
+            words.append(("singleton" if name is None else "%s:%s" % (kind, name)) + note)
     return ("?" if "?" in job.request.dependency else ",").join(words) or "(null)"

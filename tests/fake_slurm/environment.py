@@ -59,8 +59,8 @@ def job_variables(job, conf, conf_path):
             values["SLURM_JOB_END_TIME"] = int(job.end_at)
     if job.restarts:
         values["SLURM_RESTART_COUNT"] = job.restarts
-    if job.array_job:
-        values.update(SLURM_ARRAY_JOB_ID=job.array_job, SLURM_ARRAY_TASK_ID=job.array_task)
+    if job.array:
+        values.update(job.array.variables(), SLURM_ARRAY_TASK_ID=job.array_task)
     return values
 
 

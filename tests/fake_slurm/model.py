@@ -152,9 +152,9 @@ class Job:
     workdir: str = "/"
     umask: int = 0o022
     output: str = ""
-    raw_output: str = ""                  # with its patterns, as squeue -O shows it
     error: str = ""
     input: str = "/dev/null"
+    patterns: dict = field(default_factory=dict)    # these three as given, with %j and the like
     state: str = "PENDING"
     completing: bool = False
     reason: str = "None"
@@ -177,8 +177,10 @@ class Job:
     priority: int = 0
     failed_dependency: bool = False
     restarts: int = 0
-    array_job: int = 0                    # 0: no array task
-    array_task: Optional[int] = None
+    array: object = None                  # what it shares with the other tasks of its array
+    array_task: Optional[int] = None      # None: no task, or not yet one
+    array_waiting: tuple = ()             # the indices of the tasks that have not started
+    merged: bool = False                  # squeue's look at the waiting tasks of an array
     preempted_at: Optional[float] = None
     launch_failure: bool = False
     finished: asyncio.Event = field(default_factory=asyncio.Event)

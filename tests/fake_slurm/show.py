@@ -6,7 +6,9 @@ import pwd
 import re
 import time
 
+from .arrays import id_text, named_jobs, one_line_each, read_name, single_jobs, some_of, task_text, together
 from .dependencies import parse_dependency, show_dependency
+from .files import name_files
 from .formats import (UNLIMITED, BadHostlist, clock, expand, fold, minutes_as_seconds, parse_time, print_long_time,
                       print_megabytes, print_time)
 from .model import CODES, LIVE
@@ -44,10 +46,6 @@ def known_user(name):
         return False
 
 
-def id_text(job):
-    return str(job.id) if not job.array_job else "%d_%d" % (job.array_job, job.array_task)
-
-
 def gres_text(job):
     if job.request.gres:
         return ",".join("gres:" + part for part in job.request.gres.split(","))
@@ -79,9 +77,9 @@ def end_of(job):
 # squeue ----------------------------------------------------------------------------------------
 
 COLUMNS = {
-    "i": ("JOBID", lambda job, see: id_text(job)), "A": ("JOBID", lambda job, see: job.id),
-    "F": ("ARRAY_JOB_ID", lambda job, see: job.array_job or job.id),
-    "K": ("ARRAY_TASK_ID", lambda job, see: "N/A" if job.array_task is None else job.array_task),
+    "i": ("JOBID", lambda job, see: id_text(job, see.environment)), "A": ("JOBID", lambda job, see: job.id),
+    "F": ("ARRAY_JOB_ID", lambda job, see: job.array.id if job.array else job.id),
+    "K": ("ARRAY_TASK_ID", lambda job, see: task_text(job, see.environment)),
     "j": ("NAME", lambda job, see: job.request.name), "T": ("STATE", lambda job, see: job.shown_state),
     "t": ("ST", lambda job, see: code_of(job)), "r": ("REASON", lambda job, see: job.reason),
     "R": ("NODELIST(REASON)", lambda job, see: fold(job.nodes) if job.shares else "(%s)" % job.reason),
@@ -115,7 +113,7 @@ LONG_COLUMNS = {"jobid": "A", "jobarrayid": "i", "arrayjobid": "F", "arraytaskid
                 "partition": "P", "username": "u", "userid": "U", "comment": "k", "batchhost": "B", "dependency": "E",
                 "tres-per-node": "b", "minmemory": "m", "workdir": "Z", "command": "o", "priority": "p",
                 "prioritylong": "Q"}
-OTHER_LONG_COLUMNS = {"exit_code": lambda job: job.exit_code << 8 | job.exit_signal, "stdout": lambda job: job.raw_output,
+OTHER_LONG_COLUMNS = {"exit_code": lambda job: job.exit_code << 8 | job.exit_signal, "stdout": lambda job: job.patterns["output"],
                       "restartcnt": lambda job: job.restarts, "restarts": lambda job: job.restarts}
 DEFAULT_FORMAT = "%.18i %.9P %.8j %.8u %.2t %.10M %.6D %R"
 START_FORMAT = "%.18i %.9P %.8j %.8u %.2t %.19S %.6D %20Y %R"
@@ -215,6 +213,7 @@ def squeue_jobs(see, client, wishes):
     if wishes.get("jobs"):
         jobs = asked_jobs(see, wishes["jobs"])
     states = wanted_states(wishes)
+    jobs = one_line_each(jobs) if "array" in wishes else together(jobs)
     names, partitions = wishes.get("name"), wishes.get("partition")
     users = wishes["user"].split(",") if "user" in wishes else None
     return [job for job in jobs
@@ -231,13 +230,21 @@ def asked_jobs(see, text):
     words = [word for word in text.split(",") if word]
     found = []
     for word in words:
-        match = re.fullmatch(r"(\d+)(?:_(\d+|\[.*\]))?(?:\+\d+)?", word)
-        if not match:
+        name = read_name(word)
+        if not name:
             raise Refusal(1, "squeue: error: Invalid job id: %s" % word)
-        found += [job for job in see.jobs.values() if int(match.group(1)) in (job.id, job.array_job)]
-    if len(words) == 1 and not found:
-        raise Refusal(1, "slurm_load_jobs error: Invalid job id specified")
+        jobs = named_jobs(see.jobs, word) if name[1] is None else named_tasks(see, word)
+        found += [job for job in jobs if job not in found]
+        if len(words) == 1 and not named_jobs(see.jobs, str(name[0])):
+            raise Refusal(1, "slurm_load_jobs error: Invalid job id specified")
     return found
+
+
+def named_tasks(see, word):
+    """`3_1`; squeue takes 3_[1-2] for 3_0."""
+    number, indices = read_name(word.partition("[")[0] + "0" if "[" in word else word)
+    jobs = named_jobs(see.jobs, "%d_%d" % (number, indices[0]))
+    return [some_of(job, indices) if job.array_waiting else job for job in jobs]
 
 
 def wanted_states(wishes):
@@ -333,13 +340,27 @@ def record(fields, see):
 def show_job(controller, client, words, see):
     jobs = list(controller.jobs.values())
     if words:
-        match = re.match(r"(\d+)", words[0])
-        jobs = [job for job in jobs if match and int(match.group(1)) in (job.id, job.array_job)]
+        jobs = jobs_to_show(controller, client, words[0])
         if not jobs:
-            raise Refusal(1, "slurm_load_jobs error: Invalid job id specified")
+            return 1
     if not jobs:
         client.out("No jobs in the system\n")
     client.out("".join(record(job_fields(controller, job, see), see) for job in jobs))
+
+
+def jobs_to_show(controller, client, word):
+    name = read_name(word)
+    if not name:
+        raise Refusal(1, "scontrol_print_job error: Invalid job id specified")
+    if not named_jobs(controller.jobs, str(name[0])):
+        raise Refusal(1, "slurm_load_jobs error: Invalid job id specified")
+    jobs = [some_of(job, name[1]) if job.array_waiting and name[1] else job for job in named_jobs(controller.jobs, word)]
+    if not jobs:
+        client.out("Job %s not found\n" % word)
+    for job in jobs:
+        if job.script is not None and job.array:
+            name_files(job)
+    return jobs
 
 
 def dependency_text(controller, job):
@@ -354,7 +375,7 @@ def job_fields(controller, job, see):
     request, share = job.request, next(iter(job.shares.values()), None)
     end = job.ended if job.ended and not job.live else job.end_at
     fields = [
-        "JobId=%d %sJobName=%s" % (job.id, array_fields(job), request.name),
+        "JobId=%d %sJobName=%s" % (job.id, array_fields(job, see), request.name),
         "UserId=%s(%d) GroupId=%s(%d) MCS_label=N/A" % (job.user, job.uid, group_name(job.gid), job.gid),
         "Priority=%d Nice=0 Account=(null) QOS=(null)" % job.priority,
         "JobState=%s Reason=%s Dependency=%s" % (job.shown_state, job.reason, dependency_text(controller, job)),
@@ -381,8 +402,11 @@ def job_fields(controller, job, see):
     return fields + file_fields(job)
 
 
-def array_fields(job):
-    return "ArrayJobId=%d ArrayTaskId=%s " % (job.array_job, job.array_task) if job.array_job else ""
+def array_fields(job, see):
+    if not job.array:
+        return ""
+    limit = "ArrayTaskThrottle=%d " % job.array.limit if job.array.limit else ""
+    return "ArrayJobId=%d ArrayTaskId=%s %s" % (job.array.id, task_text(job, see.environment), limit)
 
 
 def size_fields(job, share):
@@ -536,14 +560,15 @@ def show_config(controller, client, words, see):
                + "\nSlurmctld(primary) at %s is UP\n" % os.uname().nodename)
 
 
-def own_job(controller, client, word):
-    match = re.match(r"(\d+)", word)
-    job = controller.jobs.get(int(match.group(1))) if match else None
-    if not job:
-        raise Refusal(1, "Invalid job id specified for job %s" % word)
-    if client.request["uid"] not in (0, job.uid):
+def own_jobs(controller, client, word):
+    """The jobs a name stands for; a task named alone leaves the waiting rest of its array."""
+    jobs = single_jobs(controller, word) if read_name(word) else []
+    if not jobs:
+        raise Refusal(1, "%s: Invalid job id specified" % word if "_" in word else
+                      "Invalid job id specified for job %s" % word)
+    if any(client.request["uid"] not in (0, job.uid) for job in jobs):
         raise Refusal(1, "Access/permission denied for job %s" % word)
-    return job
+    return jobs
 
 
 def settings(words):
@@ -563,11 +588,12 @@ def scontrol_update(controller, client, words, see):
     if kind != "job":
         raise Refusal(1, "No valid entity in update command",
                       "Input line must include \"NodeName\", \"PartitionName\", \"JobId\", ...")
-    job = own_job(controller, client, name)
+    jobs = own_jobs(controller, client, name)
     for key, value in wishes.items():
         if key not in UPDATES:
             raise Refusal(1, "Update of this parameter is not supported: %s" % key, "Request aborted")
-        UPDATES[key](controller, client, job, value)
+        for job in jobs:
+            UPDATES[key](controller, client, job, value)
     controller.schedule()
 
 
@@ -600,6 +626,12 @@ def update_dependency(controller, client, job, value):
     replace_request(job, dependency=value)
 
 
+def update_throttle(controller, client, job, value):
+    if not job.array:
+        raise Refusal(1, "Invalid array task throttle for job %d" % job.id)
+    job.array.limit = int(value)
+
+
 def update_name(controller, client, job, value):
     replace_request(job, name=value)
 
@@ -610,7 +642,7 @@ def replace_request(job, **changes):
 
 
 UPDATES = {"comment": update_comment, "fakeend": update_end, "timelimit": update_time_limit, "dependency": update_dependency,
-           "name": update_name, "jobname": update_name}
+           "arraytaskthrottle": update_throttle, "name": update_name, "jobname": update_name}
 
 
 def update_node(controller, name, wishes):
@@ -626,15 +658,13 @@ def update_node(controller, name, wishes):
 
 
 def scontrol_hold(controller, client, words, see):
-    for word in words:
-        job = own_job(controller, client, word)
+    for job in [job for word in words for job in own_jobs(controller, client, word)]:
         if job.state == "PENDING":
             job.held, job.priority, job.reason = True, 0, "JobHeldUser"
 
 
 def scontrol_release(controller, client, words, see):
-    for word in words:
-        job = own_job(controller, client, word)
+    for job in [job for word in words for job in own_jobs(controller, client, word)]:
         job.held, job.priority, job.reason = False, 4294901760 - job.id, "None"
         job.eligible = max(time.time(), job.request.begin or 0)
         controller.schedule()
@@ -642,7 +672,7 @@ def scontrol_release(controller, client, words, see):
 
 def scontrol_requeue(controller, client, words, see):
     for word in words:
-        own_job(controller, client, word)
+        own_jobs(controller, client, word)
     raise Refusal(1, "Requested operation is not supported by this bench yet")
 
 

@@ -10,6 +10,7 @@ import signal
 import time
 
 from .environment import exported, task_variables
+from .files import expand_pattern
 from .formats import expand, parse_megabytes
 from .model import Share, Step, Task
 from .options import Refusal
@@ -308,7 +309,6 @@ class Running:
         return self.files[path]
 
     def named(self, path, task):
-        from .commands import expand_pattern
         return os.path.join(self.cwd, expand_pattern(path, self.step.job, self.step, task))
 
     def output_opens(self):

@@ -1,0 +1,135 @@
+"""A million prompts through the pump, killed ten times at random and resumed:
+
+    python tests/bench/million.py [PROMPTS]
+
+Prints the peak memory of each life, the rate at the start and at the end of an undisturbed stretch, how long a resume
+takes when all is done, and whether there is exactly one result for each prompt."""
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from pump import Server, llmrun  # noqa: E402
+
+KILLS = 10
+
+
+def write_input(path, count):
+    text = "A question of some length, as people ask them? " * 5
+    with open(path, "w") as file:
+        for number in range(count):
+            body = {"model": "m", "messages": [{"role": "user", "content": f"{number} {text}"}], "max_tokens": 64}
+            file.write(json.dumps({"custom_id": f"request-{number}", "method": "POST", "url": "/v1/chat/completions",
+                                   "body": body}) + "\n")
+
+
+def config_of(folder):
+    return llmrun.build_config(llmrun.Config, {"prompts": {"user": str(folder / "in.jsonl")}, "run_dir": str(folder / "runs"),
+                                               "engine": {"name": "echo", "concurrency": 64}}, "config.json", None)
+
+
+def life(folder, port):
+    """One life, in a process of its own: what `drive` does between the agents' start and their end."""
+    began = time.monotonic()
+    run, config = llmrun.all_runs(folder / "runs")[-1], config_of(folder)
+    llmrun.gc.freeze()
+    llmrun.gc.set_threshold(20000, 20, 100)
+    prompts = llmrun.Input.load(run, config, "m")
+    marks = llmrun.Marks(run, prompts)
+    numbers = [n for n in range(len(prompts)) if marks.state[n] != llmrun.Marks.DONE]
+    resumed_s = time.monotonic() - began
+    del marks
+    journal, tally = llmrun.Journal(run, run.new_life(0, 0)), llmrun.Tally()
+
+    class Ready(llmrun.Replica):
+        async def failure(self):
+            await asyncio.Event().wait()
+
+    async def work():
+        replica = Ready(0, llmrun.Echo(config, run, "0.0.0", 1), [], print)
+        replica.client = llmrun.Client("127.0.0.1", port, "key")
+        marks_at, rates = (time.monotonic(), 0), []
+
+        def finish(result):
+            nonlocal marks_at
+            journal.add(result)
+            tally.add(result)
+            if tally.done - marks_at[1] >= 20000:
+                now = time.monotonic()
+                rates.append(20000 / (now - marks_at[0]))
+                marks_at = (now, tally.done)
+        pump = llmrun.Pump(numbers, prompts.prompt, finish, llmrun.math.inf)
+        await pump.run([(replica, asyncio.ensure_future(asyncio.sleep(0)))])
+        replica.client.close()
+        return rates
+    rates = asyncio.run(work()) if numbers else []
+    journal.close()
+    print(json.dumps({"rates": rates, "resumed_s": resumed_s, "asked": tally.done,
+                      "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+
+
+def start(folder, server):
+    return subprocess.Popen([sys.executable, __file__, "life", str(folder), str(server.port)], stdout=subprocess.PIPE, text=True)
+
+
+def peak_mb(pid):
+    with open(f"/proc/{pid}/status") as file:
+        return int(next(line for line in file if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def main(count):
+    with tempfile.TemporaryDirectory() as name:
+        folder, server = Path(name), Server(Path(name))
+        try:
+            write_input(folder / "in.jsonl", count)
+            began = time.monotonic()
+            frozen = llmrun.freeze(config_of(folder), "m")
+            llmrun.create_run(config_of(folder), frozen, lambda run: "")
+            print(f"submit: {count} rows read and checked in {time.monotonic() - began:.1f} s, peak "
+                  f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB", flush=True)
+            del frozen
+            peaks, chance = [], random.Random(7)
+            for _ in range(KILLS):
+                process = start(folder, server)
+                try:
+                    process.wait(chance.uniform(1, count / 100000))
+                except subprocess.TimeoutExpired:
+                    peaks.append(peak_mb(process.pid))
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+            told = json.loads(start(folder, server).communicate()[0])
+            done = json.loads(start(folder, server).communicate()[0])
+        finally:
+            server.stop()
+        run, config = llmrun.all_runs(folder / "runs")[-1], config_of(folder)
+        prompts = llmrun.Input.load(run, config, "m")
+        began = time.monotonic()
+        results, marks = llmrun.write_results(run, config, prompts)
+        merged_s = time.monotonic() - began
+        names = [json.loads(line)["custom_id"] for line in open(results / "results.jsonl")]
+        assert names == [f"request-{number}" for number in range(count)], "one result each, in input order"
+        edge = max(1, len(told["rates"]) // 5)
+        first, last = (sum(part) / edge for part in (told["rates"][:edge], told["rates"][-edge:]))
+        print(f"killed {len(peaks)} times; then {told['asked']} asked at {first:.0f}/s at first, {last:.0f}/s at the end "
+              f"({last / first:.2f}x)")
+        print(f"peak memory: {max(peaks + [told['peak_mb']]):.0f} MB in any life")
+        print(f"a resume with all done: {done['resumed_s']:.1f} s, {done['asked']} asked; results written in {merged_s:.1f} s")
+        print(f"exactly one result for each of {len(names)} prompts; journal lines: "
+              f"{sum(1 for path in run.segments() for line in open(path, 'rb'))}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["life"]:
+        life(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000000)

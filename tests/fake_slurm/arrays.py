@@ -1,0 +1,179 @@
+"""Job arrays: which indices, how tasks leave the waiting remainder, and whom `3_2` or `3_[1-2]` names.
+
+What has not started of an array is one job under the array's number. A task that starts leaves it under a number
+of its own; the last one keeps the array's."""
+
+import asyncio
+import copy
+import re
+from dataclasses import dataclass
+
+from .formats import fold_numbers
+
+NO_TASK = 4294967294            # what %a says where there is no task
+LONGEST_LIST = 64               # squeue cuts longer lists of indices, unless SLURM_BITSTR_LEN says otherwise
+LONGEST_ID = 31
+
+
+@dataclass
+class Array:
+    """What all tasks of one array share. limit: how many may run at once, 0 for all."""
+    id: int
+    count: int
+    lowest: int
+    highest: int
+    step: int
+    limit: int = 0
+
+    def variables(self):
+        return {"SLURM_ARRAY_JOB_ID": self.id, "SLURM_ARRAY_TASK_COUNT": self.count, "SLURM_ARRAY_TASK_MIN": self.lowest,
+                "SLURM_ARRAY_TASK_MAX": self.highest, "SLURM_ARRAY_TASK_STEP": self.step}
+
+
+def parse_indices(text):
+    """`1,5-9:2` -> (1, 5, 7, 9), or None."""
+    found = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part)
+        if not match:
+            return None
+        low, high, step = int(match.group(1)), int(match.group(2) or match.group(1)), int(match.group(3) or 1)
+        if low > high or not step or high - low > 1 << 22:
+            return None
+        found.update(range(low, high + 1, step))
+    return tuple(sorted(found))
+
+
+def parse_array(text, largest):
+    """--array -> (indices, the most at once), or None where Slurm refuses it."""
+    words, percent, limit = text.partition("%")
+    indices = parse_indices(words)
+    if not indices or indices[-1] >= largest or not re.fullmatch(r"\d*", limit):
+        return None
+    return indices, int(limit or 0)
+
+
+def make_array(job, text, largest):
+    """Turn a job that just got its number into the waiting remainder of an array."""
+    indices, limit = parse_array(text, largest)
+    step = re.search(r":(\d+)", text)
+    job.array = Array(job.id, len(indices), indices[0], indices[-1], int(step.group(1)) if step else 1, limit)
+    job.array_waiting = indices
+
+
+def split_off(controller, job, task):
+    """The job of one task, which leaves the remainder; the last one is the remainder itself."""
+    if len(job.array_waiting) > 1:
+        job.array_waiting = tuple(index for index in job.array_waiting if index != task)
+        job = copy.copy(job)
+        job.id = controller.new_id()
+        job.steps, job.finished, job.allocated = {}, asyncio.Event(), asyncio.Event()
+        controller.jobs[job.id] = job
+    job.array_waiting, job.array_task = (), task
+    return job
+
+
+def running_tasks(controller, job):
+    return sum(other.array is job.array and other.shown_state in ("RUNNING", "COMPLETING", "SUSPENDED")
+               for other in controller.jobs.values())
+
+
+# Names -----------------------------------------------------------------------------------------
+
+def read_name(word):
+    """`3`, `3_1`, `3_[1-2]` -> (number, indices or None); None for what is no job's name."""
+    match = re.fullmatch(r"(\d+)(?:\+\d+)?(?:_(?:(\d+)|\[([^\[\]]*)\]|\*))?", word)
+    if not match:
+        return None
+    number, task, tasks = match.groups()
+    return int(number), (int(task),) if task else parse_indices(tasks.partition("%")[0]) if tasks else None
+
+
+def named_jobs(jobs, word):
+    """The jobs behind a name: a number means one task by its own number, or all of an array."""
+    name = read_name(word)
+    if not name:
+        return []
+    number, indices = name
+    if indices is None:
+        array = [job for job in jobs.values() if job.array and job.array.id == number]
+        return array or ([jobs[number]] if number in jobs else [])
+    return [job for job in jobs.values() if job.array and job.array.id == number
+            and ({job.array_task} | set(job.array_waiting)) & set(indices)]
+
+
+def single_jobs(controller, word):
+    """As named_jobs, for what changes them: a task named alone leaves the remainder for that."""
+    name, found = read_name(word), []
+    for job in named_jobs(controller.jobs, word):
+        named = [index for index in job.array_waiting if name[1] and index in name[1]]
+        found += [split_off(controller, job, index) for index in named] if named and job.state == "PENDING" else [job]
+    return found
+
+
+def drop_waiting(job, word):
+    """scancel 3_[1-2]: named tasks that wait leave no record. True if others are left."""
+    _, indices = read_name(word)
+    left = tuple(index for index in job.array_waiting if indices is not None and index not in indices)
+    if left:
+        job.array_waiting = left
+    return bool(left)
+
+
+# Showing ---------------------------------------------------------------------------------------
+
+def index_list(job, environment=None):
+    """`2-4%2`"""
+    text = fold_numbers(job.array_waiting)
+    size = (environment or {}).get("SLURM_BITSTR_LEN", "")
+    longest = int(size) if size.isdigit() else LONGEST_LIST
+    if longest and len(text) >= longest:
+        text = text[:longest - 4] + "..."
+    return text + "%%%d" % job.array.limit * bool(job.array.limit and not job.merged)
+
+
+def id_text(job, environment=None):
+    """`3`, `3_1`, `3_[2-4%2]`; without SLURM_BITSTR_LEN the field's size cuts long ones."""
+    if not job.array:
+        return str(job.id)
+    if not job.array_waiting:
+        return "%d_%d" % (job.array.id, job.array_task)
+    text = "%d_[%s]" % (job.array.id, index_list(job, environment))
+    return text if "SLURM_BITSTR_LEN" in (environment or {}) else text[:LONGEST_ID]
+
+
+def task_text(job, environment=None):
+    if not job.array:
+        return "N/A"
+    return index_list(job, environment) if job.array_waiting else str(job.array_task)
+
+
+def some_of(job, indices, merged=False):
+    """A look at some of a remainder's tasks."""
+    view = copy.copy(job)
+    view.merged = merged
+    view.array_waiting, view.array_task = (indices, None) if len(indices) > 1 else ((), indices[0])
+    return view
+
+
+def one_line_each(jobs):
+    """squeue -r"""
+    return [view for job in jobs for view in ([some_of(job, (index,)) for index in job.array_waiting] or [job])]
+
+
+def together(jobs):
+    """squeue shows what waits of an array in one line, tasks that have a number of their own included."""
+    merged, lines = {}, []
+    for job in jobs:
+        if not job.array or job.state != "PENDING":
+            lines.append(job)
+            continue
+        lines.append(job if job.array.id not in merged else None)
+        merged.setdefault(job.array.id, []).append(job)
+    for position, job in enumerate(lines):
+        parts = merged.get(job.array.id, []) if job and job.array and job.state == "PENDING" else []
+        if len(parts) > 1:
+            indices = sorted({index for each in parts for index in (each.array_waiting or (each.array_task,))})
+            head = next((each for each in parts if each.id == job.array.id), job)
+            lines[position] = some_of(head, tuple(indices), merged=True)
+    return [job for job in lines if job]
