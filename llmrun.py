@@ -1628,14 +1628,14 @@ class Connection(asyncio.Protocol):
         self.reader = MessageReader(response=True)
         self.transport = self.answer = None
         self.heard = False
-        self.deadline = math.inf
+        self.deadline = self.limit = math.inf  # of the silence just now; of the whole request
 
     def connection_made(self, transport):
         self.transport = transport
         self.siblings.add(self)
 
     def expect(self, answer, deadline):
-        self.answer, self.heard, self.deadline = answer, False, deadline
+        self.answer, self.heard, self.deadline, self.limit = answer, False, deadline, deadline
 
     def data_received(self, data):
         self.heard = True
@@ -1649,6 +1649,8 @@ class Connection(asyncio.Protocol):
             return
         if message:
             self.finish(message)
+        else:
+            self.deadline = min(self.limit, clock() + IDLE_TIMEOUT_S)
 
     def finish(self, message):
         answer, self.answer, self.deadline = self.answer, None, math.inf
@@ -1678,6 +1680,7 @@ class Connection(asyncio.Protocol):
 
 
 CONNECT_TIMEOUT_S = 10.0
+IDLE_TIMEOUT_S = 300.0  # in the middle of an answer; its first byte may take as long as the request may
 
 
 class Client:
@@ -2770,7 +2773,10 @@ class Asking:
 
         Cutting a body out and sending it costs a quarter of reading it and writing it again."""
         match = BATCH_ROW.fullmatch(data)
-        if not match or read_json(match.group(3)) != record.get("body"):
+        try:
+            if not match or len(record) != 4 or read_json(match.group(3)) != record["body"]:
+                return ""
+        except ValueError:  # what seemed the body is more than that
             return ""
         added = json.dumps({name: value for name, value in body.items() if name not in record["body"]})
         return added[:-1] + ", " if added != "{}" else "{"
@@ -3212,12 +3218,14 @@ class Journal:
 
     async def sync(self):
         await asyncio.sleep(self.SYNC_AFTER_S)
-        synced = len(self.unsynced)
+        segment, synced = self.segment, len(self.unsynced)
         try:
             await asyncio.get_running_loop().run_in_executor(None, os.fsync, self.file)
-            del self.unsynced[:synced]
+            if segment == self.segment and not self.trouble:
+                del self.unsynced[:synced]
         except OSError as error:
-            self.fail(error)
+            if segment == self.segment and not self.trouble:  # else it is known already
+                self.fail(error)
         self.syncing = None
 
     def fail(self, error):
@@ -3226,8 +3234,9 @@ class Journal:
         if not self.trouble:
             self.tell("journal_trouble", why=os_reason(error), held=len(self.lines))
         self.trouble = os_reason(error)
-        if self.timer is None:
-            self.timer = asyncio.get_running_loop().call_later(self.AGAIN_AFTER_S, self.try_again)
+        if self.timer:
+            self.timer.cancel()
+        self.timer = asyncio.get_running_loop().call_later(self.AGAIN_AFTER_S, self.try_again)
 
     def try_again(self):
         self.timer = None
@@ -3728,7 +3737,8 @@ def drive(run, allocation, shape=0):
         prompts = Input.load(run, config, model_name(config))
         state = Marks(run, prompts).state
         tally.done = state.count(Marks.DONE)
-        numbers = [number for number in share_of(range(len(prompts)), *allocation.share) if state[number] != Marks.DONE]
+        numbers = array.array("Q", (number for number in share_of(range(len(prompts)), *allocation.share)
+                                    if state[number] != Marks.DONE))
         code = asyncio.run(live(run, config, life, allocation, prompts, numbers, journal, tally, tell)) if numbers else DONE
     except UserError as error:
         code, why = error.exit_code, str(error)

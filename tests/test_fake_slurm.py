@@ -9,9 +9,12 @@ import time
 
 import pytest
 
+from fake_slurm import processes
 from fake_slurm.cluster import FakeCluster
+from fake_slurm.conf import read_conf
 
-WAIT_S = 20
+REAL = os.environ.get("LLMRUN_BENCH") == "real"
+WAIT_S = 120 if REAL else 20
 
 REPORTER = """
 import os, signal, sys, time
@@ -695,6 +698,557 @@ def test_bad_hostlists_are_said_so_with_code_0(shared):
         assert (done.returncode, done.stdout) == (0, "") and done.stderr.endswith("Invalid hostlist: %s\n" % text)
     assert shared.run("scontrol", "show", "hostnames").stderr == "scontrol: error: host list is empty\n"
     assert shared.run("scontrol", "show", "hostlist", "n1,n2,n3,n5,m01,m02").stdout == "n[1-3,5],m[01-02]\n"
+
+
+# Arrays, requeue, preemption, lost nodes ---------------------------------------------------------
+# These hold on a real Slurm too: LLMRUN_BENCH=real pytest tests/test_fake_slurm.py -k both
+
+class BothDesk(Desk):
+    """What is the same to do at either cluster."""
+
+    def lose_node(self, name, kill=True):
+        if not REAL:
+            self.cluster.lose_node(name, kill)
+            return
+        from real.cluster import descendants
+        doomed = [pid for pid, node, _ in self.cluster.processes() if node == name] if kill else []
+        daemons = [pid for pid, argv in descendants(self.cluster.keeper.pid) if "slurmstepd" in argv[0]
+                   and {below for below, _ in descendants(pid)} & set(doomed)]
+        for pid in [self.cluster.daemon(name), *daemons, *doomed]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def return_node(self, name):
+        if not REAL:
+            self.cluster.return_node(name)
+        else:
+            self.returned.append(self.start("slurmd", "-D", "-N", name, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    def exists(self, name):
+        return self.until(lambda: (self.folder / name).exists(), name)
+
+    def nodes(self):
+        """{state: nodes}"""
+        return dict(line.split() for line in self.run("sinfo", "-h", "-p", "main", "-o", "%T %N").stdout.splitlines())
+
+    def field(self, job, name):
+        found = re.search(r"\b%s=(\S*)" % name, self.run("scontrol", "show", "job", "-o", job).stdout)
+        return found and found.group(1)
+
+    def living(self, *words):
+        return [node for _, node, argv in self.cluster.processes() if set(words) <= set(argv)]
+
+    def again(self):
+        """Away with the marks of a first run."""
+        for path in [*self.folder.glob("ready.*"), *self.folder.glob("up*")]:
+            path.unlink()
+
+
+@pytest.fixture
+def both(tmp_path):
+    """both(KillWait=1, ...) is a desk at a fake cluster, or at a real one with the settings in `real` besides."""
+    desks = []
+
+    def make(real=(), fake=(), partitions=None, kill_wait=1, **settings):
+        (tmp_path / "home").mkdir()
+        if REAL:
+            from real.cluster import RealCluster
+            cluster = RealCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **{**settings, **dict(real)})
+        else:
+            cluster = FakeCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **{
+                "FakeTick": 0.2, "FakeRequeueDelay": 0.5, "proctrack": "linuxproc", **settings, **dict(fake)})
+        desk = BothDesk(cluster, tmp_path / "home")
+        desk.returned = []
+        desks.append(desk)
+        cluster.start()
+        return desk
+
+    yield make
+    for desk in desks:
+        for daemon in desk.returned:
+            daemon.kill()
+            daemon.wait()
+        desk.cluster.stop()
+        assert desk.cluster.processes() == []
+        assert REAL or "Traceback" not in desk.cluster.log()
+
+
+WAITS = "touch up.$SLURM_ARRAY_TASK_ID; while [ ! -e go ]; do sleep 0.02; done\n"
+
+
+def test_both_array_tasks_know_their_array_and_the_last_one_takes_its_number(both):
+    desk = both()
+    array = desk.submit("env > env.$SLURM_ARRAY_TASK_ID\n" + WAITS, "-a", "1,3,5-9:2", "-o", "%A-%a-%j-%x-%3a.out", "-J", "name")
+    for index in (1, 3, 5, 7, 9):
+        desk.exists("up.%d" % index)
+    raw = {}
+    for index in (1, 3, 5, 7, 9):
+        task = desk.variables("env.%d" % index)
+        assert (task["SLURM_ARRAY_JOB_ID"], task["SLURM_ARRAY_TASK_ID"], task["SLURM_ARRAY_TASK_COUNT"]) == (array, str(index), "5")
+        assert (task["SLURM_ARRAY_TASK_MIN"], task["SLURM_ARRAY_TASK_MAX"], task["SLURM_ARRAY_TASK_STEP"]) == ("1", "9", "2")
+        raw[index] = task["SLURM_JOB_ID"]
+        assert (desk.folder / ("%s-%d-%s-name-%03d.out" % (array, index, raw[index], index))).exists()
+    assert raw == {1: str(int(array) + 1), 3: str(int(array) + 2), 5: str(int(array) + 3), 7: str(int(array) + 4), 9: array}
+    lines = desk.show(array, "%i|%A|%F|%K|%T").splitlines()
+    assert sorted(lines) == ["%s_%d|%s|%s|%d|RUNNING" % (array, index, raw[index], array, index) for index in (1, 3, 5, 7, 9)]
+    assert desk.show(raw[3], "%i") == array + "_3"
+    desk.write("go", "")
+    desk.until(lambda: set(desk.show(array).split()) == {"COMPLETED"}, "the end")
+
+
+def test_both_an_array_keeps_its_limit(both):
+    desk = both()
+    array = desk.submit(WAITS, "-a", "0-4%2")
+    desk.until(lambda: desk.show(array, "%i|%T|%r").count("RUNNING") == 2, "two tasks")
+    desk.until(lambda: "%s_[2-4%%2]|2-4%%2|PENDING|JobArrayTaskLimit" % array in desk.show(array, "%i|%K|%T|%r").splitlines(), "the rest")
+    rows = desk.run("squeue", "-h", "-r", "-o", "%i %A %T").stdout.splitlines()
+    assert {"%s_%d %s PENDING" % (array, index, array) for index in (2, 3, 4)} < set(rows) and len(rows) == 5
+    assert desk.show(array + "_3", "%i %K %T") == array + "_3 3 PENDING"
+    assert desk.show("%s_3,%s_4" % (array, array), "%i") in (array + "_[3-4]", array + "_3\n" + array + "_4")
+    shown = desk.run("scontrol", "show", "job", array).stdout
+    assert "JobId=%s ArrayJobId=%s ArrayTaskId=2-4%%2 ArrayTaskThrottle=2 JobName=job.sh" % (array, array) in shown
+    assert shown.count("JobId=") - shown.count("ArrayJobId=") == 3
+    assert desk.run("scontrol", "update", "JobId=" + array, "ArrayTaskThrottle=3").returncode == 0
+    desk.exists("up.2")
+    assert not (desk.folder / "up.3").exists()
+    desk.write("go", "")
+    desk.until(lambda: desk.show(array).split() == ["COMPLETED"] * 5, "the end")
+
+
+def test_both_scancel_takes_a_task_some_or_all(both):
+    desk = both()
+    array = desk.submit(WAITS, "-a", "0-7%2")
+    desk.exists("up.0"), desk.exists("up.1")
+    desk.until(lambda: "JobArrayTaskLimit" in desk.show(array, "%r"), "the limit")
+    assert desk.run("scancel", array + "_3").returncode == 0
+    assert "%s_[2,4-7%%2]" % array in desk.show(array, "%i").split() and desk.show(array + "_3") == ""
+    assert desk.run("scancel", array + "_[4-6]").returncode == 0
+    assert "%s_[2,7%%2]" % array in desk.show(array, "%i").split()
+    desk.run("scancel", array + "_0")
+    desk.until(lambda: "RUNNING" == desk.show(array + "_2"), "the next task")
+    assert desk.until(lambda: desk.show(array + "_0", "%i %T") == array + "_0 CANCELLED", "its end")
+    assert desk.show(array + "_1") == "RUNNING"
+    desk.run("scancel", array)
+    desk.until(lambda: set(desk.show(array).split()) == {"CANCELLED"}, "the end")
+
+
+def test_both_unknown_tasks_are_silent_in_squeue_and_errors_elsewhere(both):
+    desk = both()
+    array = desk.submit("true\n", "-H", "-a", "1-2")
+    assert desk.show(array, "%i|%r") == array + "_[1-2]|JobHeldUser"
+    unknown = desk.run("squeue", "-h", "-j", array + "_9")
+    assert (unknown.returncode, unknown.stdout) == (0, "")
+    assert desk.run("squeue", "-h", "-j", "4711_1").stderr == "slurm_load_jobs error: Invalid job id specified\n"
+    shown = desk.run("scontrol", "show", "job", array + "_9")
+    assert (shown.returncode, shown.stdout) == (1, "Job %s_9 not found\n" % array)
+    changed = desk.run("scontrol", "update", "JobId=%s_9" % array, "comment=x")
+    assert (changed.returncode, changed.stderr) == (1, "%s_9: Invalid job id specified\n" % array)
+    assert desk.run("scancel", array + "_9").returncode == 0
+    assert desk.run("scancel", "-s", "USR1", array + "_9").returncode == 1
+    for text in ("5-1", "a", "1001"):
+        done = desk.run("sbatch", "-a", text, desk.script("true\n"))
+        assert (done.returncode, done.stderr) == (1, FAILED_TO_SUBMIT + "Invalid job array specification\n")
+    desk.run("scancel", array)
+    assert desk.show(array, "%i|%T") == array + "_[1-2]|CANCELLED"
+
+
+def test_both_long_lists_of_tasks_are_cut(both):
+    desk = both()
+    indices = "1-2,5,9,14,20,27,35,44,54,65,77,90,104,119,135,152,170,189,209"
+    array = desk.submit("true\n", "-H", "-a", indices)
+    assert desk.show(array, "%i") == (array + "_[" + indices)[:31]
+    assert desk.show(array, "%K") == indices[:60] + "..."
+    whole = desk.run("squeue", "-h", "-j", array, "-o", "%i %K", env={"SLURM_BITSTR_LEN": "0"}).stdout
+    assert whole == "%s_[%s] %s\n" % (array, indices, indices)
+
+
+def test_both_one_waiting_task_can_be_changed_alone(both):
+    desk = both()
+    array = desk.submit(WAITS, "-H", "-a", "1-3")
+    assert desk.run("scontrol", "update", "JobId=%s_2" % array, "comment=two").returncode == 0
+    assert desk.show(array, "%i %A") == "%s_[1-3] %s" % (array, array), "squeue puts together what waits"
+    assert desk.run("squeue", "-h", "-r", "-j", array + "_2", "-o", "%A %k").stdout == "%d two\n" % (int(array) + 1)
+    desk.run("scontrol", "release", array + "_3")
+    desk.exists("up.3")
+    assert desk.show(array + "_3", "%A %T") == "%d RUNNING" % (int(array) + 2)
+    assert desk.show(array + "_1", "%A %T %r") == array + " PENDING JobHeldUser"
+
+
+def test_both_jobs_wait_for_a_whole_array_or_for_one_task(both):
+    desk = both()
+    array = desk.submit("[ $SLURM_ARRAY_TASK_ID = 1 ] || while [ ! -e go ]; do sleep 0.02; done\n", "-a", "1-2")
+    one = desk.submit("true\n", "-d", "afterok:%s_1" % array)
+    whole = desk.submit("true\n", "-d", "afterok:" + array)
+    each = desk.submit("true\n", "-a", "1-2", "-d", "aftercorr:" + array)
+    assert desk.until_done(one) == "COMPLETED"
+    assert desk.until_done(each + "_1") == "COMPLETED"
+    assert desk.show(whole) == desk.show(each + "_2") == "PENDING"
+    desk.write("go", "")
+    assert desk.until_done(whole) == desk.until_done(each + "_2") == "COMPLETED"
+    assert desk.run("sbatch", "--wait", "-a", "0-2", desk.script("exit $SLURM_ARRAY_TASK_ID\n")).returncode == 2
+
+
+RESTARTED = 'echo "run ${SLURM_RESTART_COUNT-first}"; srun -N1 -n1 bash -c \'echo step $SLURM_STEP_ID\'\n'
+
+
+def test_both_a_requeued_job_runs_its_stored_script_again(both):
+    desk = both()
+    job = desk.submit(RESTARTED + "touch up; while [ ! -e go ]; do sleep 0.02; done\n")
+    desk.exists("up")
+    assert desk.output(job) == "run first\nstep 0\n"
+    desk.script("echo edited\n")
+    before = desk.show(job, "%V")
+    assert desk.run("scontrol", "requeue", job).returncode == 0
+    desk.again()
+    desk.until(lambda: desk.show(job, "%T %r") == "PENDING BeginTime", "the wait")
+    assert desk.show(job, "%S") != "N/A" and desk.show(job, "%N") == "" and desk.show(job, "%V") >= before
+    desk.exists("up")
+    assert desk.output(job) == "run 1\nstep 0\n", "the file begins anew"
+    assert desk.field(job, "Restarts") == "1"
+    refused = desk.run("scontrol", "requeue", "4711")
+    assert (refused.returncode, refused.stderr) == (1, "Invalid job id specified for job 4711\n")
+    desk.write("go", "")
+    assert desk.until_done(job) == "COMPLETED"
+
+
+def test_both_a_job_that_requeues_itself_hears_yes_and_then_term(both):
+    desk = both(proctrack="cgroup")
+    desk.write("self.py", "import os, signal, subprocess, sys, time\n"
+               "signal.signal(signal.SIGTERM, lambda *_: (open('told', 'a').write('TERM after %s\\n' % said), sys.exit(0)))\n"
+               "said = None\n"
+               "if 'SLURM_RESTART_COUNT' not in os.environ:\n"
+               "    said = subprocess.call(['scontrol', 'requeue', os.environ['SLURM_JOB_ID']])\n"
+               "    time.sleep(20)\n"
+               "print('restarted', flush=True)\n")
+    job = desk.submit("echo one; exec %s self.py\n" % sys.executable, "--open-mode=append")
+    assert desk.until_done(job) == "COMPLETED"
+    assert desk.read("told") == "TERM after 0\n"
+    assert re.fullmatch(r"one\nslurmstepd-node1: error: \*\*\* JOB %s ON node1 CANCELLED AT \S+ DUE TO JOB REQUEUE \*\*\*\none\nrestarted\n" % job,
+                        desk.output(job))
+
+
+def test_both_requeue_tells_the_whole_job_and_waits_for_it(both):
+    desk = both(kill_wait=2)
+    job = desk.reporters("--open-mode=append")
+    desk.run("scontrol", "requeue", job)
+    assert desk.until_state(job, "COMPLETING") == "COMPLETING"
+    for name in ("batch", "child", "task0", "task1"):
+        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+    desk.until_state(job, "PENDING")
+    assert not desk.living("reporter.py"), "after KillWait they were killed"
+    assert "STEP %s.0 ON node1 CANCELLED AT" % job in desk.output(job) and "DUE TO JOB REQUEUE ***" in desk.output(job)
+
+
+def test_both_requeue_is_refused_where_the_job_or_its_state_forbids(both):
+    desk = both()
+    job = desk.submit(WAITS, "--no-requeue")
+    desk.exists("up.")
+    refused = desk.run("scontrol", "requeue", job)
+    assert (refused.returncode, refused.stderr) == (1, "Requested operation is presently disabled for job %s\n" % job)
+    assert desk.show(job) == "RUNNING"
+    held = desk.submit(WAITS, "-H")
+    refused = desk.run("scontrol", "requeue", held)
+    assert (refused.returncode, refused.stderr) == (1, "Job is pending execution for job %s\n" % held)
+
+
+def test_both_a_finished_job_can_be_run_again(both):
+    desk = both()
+    job = desk.submit("echo run ${SLURM_RESTART_COUNT-first} >> runs\n")
+    assert desk.until_done(job) == "COMPLETED"
+    assert desk.run("scontrol", "requeue", job).returncode == 0
+    assert desk.show(job) == "PENDING"
+    desk.until(lambda: desk.read("runs") == "run first\nrun 1\n", "the second run")
+    assert desk.until_done(job) == "COMPLETED"
+
+
+def test_both_a_requeued_array_task_keeps_its_numbers(both):
+    desk = both()
+    array = desk.submit("echo run ${SLURM_RESTART_COUNT-first} $SLURM_JOB_ID\n" + WAITS, "-a", "1-6%2")
+    desk.exists("up.1"), desk.exists("up.2")
+    raw = desk.show(array + "_1", "%A")
+    assert desk.run("scontrol", "requeue", array + "_1").returncode == 0
+    desk.until(lambda: "%s_[1,4-6] %s" % (array, array) in desk.show(array, "%i %A"), "the task to wait among the others")
+    assert desk.run("squeue", "-h", "-r", "-j", array + "_1", "-o", "%i %A %T").stdout == "%s_1 %s PENDING\n" % (array, raw)
+    everything = desk.run("scontrol", "requeue", array)
+    assert everything.returncode == 1
+    assert sorted(everything.stderr.splitlines()) == ["%s_1,4-6: Job is pending execution" % array, "%s_2-3: No error" % array]
+    desk.until(lambda: desk.show(array + "_1") == "RUNNING", "its second run")
+    assert desk.read("slurm-%s_1.out" % array) == "run 1 %s\n" % raw
+
+
+def test_the_wait_after_a_requeue_follows_the_credentials():
+    assert read_conf("").requeue_delay == 121
+    assert read_conf("AuthInfo=socket=/run/munge,cred_expire=5\n").requeue_delay == 6
+    assert read_conf("AuthInfo=cred_expire=5\nFakeRequeueDelay=0.5\n").requeue_delay == 0.5
+
+
+# Preemption
+
+def test_both_without_grace_a_lower_job_is_told_at_once_and_waited_for(both):
+    desk = both(kill_wait=2)
+    low = desk.reporters("-p", "low", "--exclusive")
+    high = desk.submit("echo > up.high; while [ ! -e go ]; do sleep 0.02; done\n", "-p", "high", "-N4", "--exclusive")
+    desk.until_state(low, "COMPLETING")
+    assert desk.show(high) == "PENDING"
+    for name in ("batch", "child"):
+        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+    for name in ("task0", "task1"):
+        desk.until(lambda: desk.signals(name) == ["TERM", "CONT", "TERM"], name)
+    assert "DUE TO PREEMPTION ***" in desk.output(low)
+    desk.until_state(high, "RUNNING")
+    assert desk.show(low, "%T") == "PENDING" and desk.field(low, "Restarts") == "1"
+    desk.again()
+    desk.write("go", "")
+    assert desk.until_done(high) == "COMPLETED"
+    desk.until_state(low, "RUNNING")
+
+
+GRACE = {"low": "GraceTime=3"}
+
+
+def test_both_with_grace_tasks_hear_first_and_the_script_at_the_next_cycle(both):
+    desk = both(kill_wait=2, partitions={"low": "GraceTime=1"}, fake={"FakeTick": 1})
+    low = desk.reporters("-p", "low", "--exclusive", "--open-mode=append")
+    before = desk.field(low, "EndTime")
+    assert desk.field(low, "PreemptTime") == "None"
+    high = desk.submit("true\n", "-p", "high", "-N4", "--exclusive")
+    for name in ("task0", "task1"):
+        desk.until(lambda: sorted(desk.signals(name)[:2]) == ["CONT", "TERM"], name)
+    desk.until_state(low, "RUNNING")
+    assert desk.signals("batch") == desk.signals("child") == []
+    assert re.search(r"STEP %s.0 ON node\d CANCELLED AT \S+ \*\*\*" % low, desk.output(low)), "it does not say why"
+    assert desk.field(low, "EndTime") < before
+    assert desk.field(low, "PreemptTime") not in ("None", None)
+    for name in ("batch", "child"):
+        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+    for name in ("task0", "task1"):
+        desk.until(lambda: desk.signals(name)[2:] == ["TERM", "CONT", "TERM"], name)
+    assert "JOB %s ON node1 CANCELLED AT" % low in desk.output(low) and "DUE TO PREEMPTION ***" in desk.output(low)
+    assert desk.until_done(high) == "COMPLETED"
+    assert desk.field(low, "Restarts") == "1"
+
+
+ASKS = ("srun -N1 -n1 bash -c 'trap \"touch told; exit\" TERM; touch up; while :; do sleep 0.02; done'\n")
+
+
+def test_both_who_leaves_in_his_grace_is_not_requeued(both):
+    desk = both(partitions={"low": "GraceTime=60"})
+    low = desk.submit(ASKS + "exit 0\n", "-p", "low", "--exclusive", "-N4")
+    desk.exists("up")
+    high = desk.submit("true\n", "-p", "high", "-N4", "--exclusive")
+    assert desk.until_done(high) == "COMPLETED"
+    assert desk.show(low) == "COMPLETED" and desk.field(low, "Restarts") == "0"
+
+
+def test_both_a_job_may_requeue_itself_in_its_grace(both):
+    desk = both(partitions={"low": "GraceTime=60"})
+    low = desk.submit("[ $SLURM_RESTART_COUNT ] && exit 0\n" + ASKS + "scontrol requeue $SLURM_JOB_ID; sleep 30\n",
+                      "-p", "low", "--exclusive", "-N4")
+    desk.exists("up")
+    high = desk.submit("true\n", "-p", "high", "-N4", "--exclusive")
+    assert desk.until_done(high) == "COMPLETED"
+    assert desk.until_done(low) == "COMPLETED" and desk.field(low, "Restarts") == "1"
+
+
+@pytest.mark.parametrize("words, options", [("PreemptMode=CANCEL", []), ("PreemptMode=REQUEUE", ["--no-requeue"])])
+def test_both_who_may_not_come_again_is_preempted_for_good(both, words, options):
+    desk = both(partitions={"low": words})
+    low = desk.submit(WAITS, "-p", "low", "--exclusive", *options)
+    desk.exists("up.")
+    high = desk.submit("true\n", "-p", "high", "-N4", "--exclusive")
+    assert desk.until_done(high) == "COMPLETED"
+    assert desk.show(low, "%T %r") == "PREEMPTED None" and desk.field(low, "Restarts") == "0"
+    assert desk.field(low, "PreemptTime") not in ("None", None)
+
+
+def test_both_partitions_without_preemption_and_equals_are_waited_for(both):
+    desk = both()
+    main = desk.submit(WAITS, "-N4", "--exclusive")
+    desk.exists("up.")
+    high = desk.submit("true\n", "-p", "high", "-N4", "--exclusive")
+    desk.until(lambda: desk.show(high, "%T %r") == "PENDING Resources", "the wait")
+    assert desk.show(main) == "RUNNING"
+    desk.write("go", "")
+    assert desk.until_done(high) == "COMPLETED"
+
+
+def test_only_as_many_are_preempted_as_must_go(desk_of):
+    desk = desk_of()
+    jobs = [desk.submit(WAITS, "-p", "low", "--exclusive") for _ in range(4)]
+    for job in jobs:
+        desk.until_state(job, "RUNNING")
+    high = desk.submit(WAITS, "-p", "high", "-N2", "--exclusive")
+    desk.until_state(high, "RUNNING")
+    assert [desk.show(job) for job in jobs] == ["RUNNING", "RUNNING", "PENDING", "PENDING"], "the youngest leave"
+
+
+def test_a_site_may_send_the_users_signal_at_preemption(desk_of):
+    desk = desk_of(partitions={"low": "GraceTime=60"}, PreemptParameters="send_user_signal")
+    low = desk.reporters("-p", "low", "--exclusive", "--signal=B:USR1@10")
+    desk.submit("true\n", "-p", "high", "-N4", "--exclusive")
+    desk.until(lambda: desk.signals("batch") == ["CONT", "USR1"], "the signal")
+    assert desk.signals("task0") == desk.signals("task1") == []
+
+
+def test_preemption_by_suspending_lets_both_use_the_nodes_in_turn(desk_of):
+    desk = desk_of(partitions={"low": "PreemptMode=SUSPEND"})
+    low = desk.submit(WAITS, "-p", "low", "--exclusive")
+    desk.until_state(low, "RUNNING")
+    high = desk.submit("while [ ! -e high ]; do sleep 0.02; done\n", "-p", "high", "-N4", "--exclusive")
+    desk.until_state(high, "RUNNING")
+    assert desk.show(low) == "SUSPENDED"
+    desk.write("high", "")
+    desk.until_state(low, "RUNNING")
+    desk.write("go", "")
+    assert desk.until_done(low) == "COMPLETED" and desk.field(low, "Restarts") == "0"
+
+
+def test_both_a_suspended_job_is_stopped_and_frees_its_processors(both):
+    desk = both()
+    job = desk.reporters("--exclusive")
+    assert desk.run("scontrol", "suspend", job).returncode == 0
+    assert desk.show(job) == "SUSPENDED" and desk.nodes() == {"idle": "node[1-4]"}
+    states = lambda: {processes.parent_and_state(pid)[1] for pid, _, argv in desk.cluster.processes() if "reporter.py" in argv}
+    desk.until(lambda: states() == {b"T"}, "all to stand still")
+    assert desk.run("scontrol", "resume", job).returncode == 0
+    desk.until(lambda: desk.signals("batch") == desk.signals("task0") == desk.signals("child") == ["CONT"], "them to go on")
+    assert desk.show(job) == "RUNNING" and b"T" not in states()
+    again = desk.run("scontrol", "resume", job)
+    assert (again.returncode, again.stderr) == (1, "Job is not suspended for job %s\n" % job)
+
+
+# Lost nodes
+
+LOSSES = {"real": {"SlurmdTimeout": 10}, "fake": {"SlurmdTimeout": 1}}
+AGENT = "srun %s bash -c 'touch up$SLURM_PROCID; exec sleep 1000'"
+
+
+def test_both_a_lost_node_is_noticed_late_and_the_job_starts_on_others(both):
+    desk = both(**LOSSES)
+    job = desk.reporters("--open-mode=append")
+    desk.lose_node("node2")
+    desk.again()
+    assert desk.show(job) == "RUNNING" and "error" not in desk.output(job)
+    desk.until(lambda: desk.nodes().get("mixed*") == "node2", "sinfo to doubt")
+    assert desk.show(job) == "RUNNING" and desk.signals("task0") == []
+    desk.until(lambda: desk.nodes().get("down*") == "node2", "sinfo to know")
+    text = desk.until(lambda: "DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***" in desk.output(job) and desk.output(job), "the words")
+    assert "srun: error: Node failure on node2\n" in text
+    for name in ("batch", "child", "task0"):
+        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+    desk.until_state(job, "RUNNING")
+    assert "node2" not in (desk.show(job, "%B"), desk.show(job, "%N")) and desk.field(job, "Restarts") == "1"
+    desk.return_node("node2")
+    desk.until(lambda: not {"down*", "idle*", "down"} & set(desk.nodes()), "the node to be back")
+
+
+def test_both_a_job_not_to_be_requeued_fails_with_its_node(both):
+    desk = both(**LOSSES)
+    job = desk.submit(AGENT % "-N2 -n2", "-N2", "--no-requeue")
+    desk.exists("up0"), desk.exists("up1")
+    desk.lose_node("node2")
+    assert desk.until_state(job, "NODE_FAIL") and desk.show(job, "%r %N") == "NodeDown node[1-2]"
+    alone = desk.submit("touch up.alone; sleep 1000", "-w", "node1", "--no-requeue")
+    desk.exists("up.alone")
+    desk.lose_node("node1")
+    assert desk.until_state(alone, "NODE_FAIL")
+
+
+def test_both_no_kill_shrinks_the_job_and_kills_the_step(both):
+    desk = both(**LOSSES)
+    after = ("echo srun $?; srun true; echo plain $?; srun -N1 -n1 true; echo one $?; srun -N1 -n1 -w node2 true; echo gone $?\n"
+             "echo $SLURM_JOB_NUM_NODES $SLURM_JOB_NODELIST; while [ ! -e go ]; do sleep 0.02; done\n")
+    job = desk.submit(AGENT % "-N3 -n3" + "\n" + after, "-N3", "--no-kill")
+    for number in range(3):
+        desk.exists("up%d" % number)
+    desk.lose_node("node2")
+    desk.until(lambda: "3 node[1-3]\n" in desk.output(job), "the script to go on")
+    assert desk.show(job, "%T %N %D") == "RUNNING node[1,3] 2"
+    text = desk.output(job)
+    assert "srun: error: Node failure on node2\n" in text and "srun 137\n" in text
+    assert "srun: error: node3: task 2: Killed\n" in text and "srun: error: node1: task 0: Killed\n" in text
+    assert "srun: error: SLURM_JOB_NUM_NODES environment variable conflicts with allocated node count (3 != 2)." in text
+    assert "plain 0\n" in text and "one 0\n" in text and "gone 1\n" in text
+    desk.write("go", "")
+    assert desk.until_done(job) == "COMPLETED"
+
+
+def test_both_steps_of_their_own_outlive_another_node(both):
+    desk = both(**LOSSES)
+    steps = "".join("srun -N1 -n1 -w node%d bash -c 'touch up%d; exec sleep 1000' &\n" % (number, number) for number in (1, 2, 3))
+    job = desk.submit(steps + "srun --overlap --no-kill -N3 -n3 bash -c 'touch up.all$SLURM_PROCID; exec sleep 1000'; echo all $?\n"
+                      "while [ ! -e go ]; do sleep 0.02; done\n", "-N3", "--no-kill")
+    for name in ("up1", "up2", "up3", "up.all0", "up.all1", "up.all2"):
+        desk.exists(name)
+    desk.lose_node("node2")
+    desk.until(lambda: desk.show(job, "%N") == "node[1,3]", "the job to shrink")
+    desk.until(lambda: desk.output(job).count("srun: error: Node failure on node2\n") == 2, "both sruns to say so")
+    assert sorted(desk.living("sleep", "1000")) == ["node1", "node1", "node3", "node3"]
+    assert desk.show(job) == "RUNNING" and "all" not in desk.output(job)
+    desk.run("scancel", job)
+
+
+def test_both_a_driver_that_is_cut_off_lives_on_beside_its_successor(both):
+    desk = both(**LOSSES)
+    job = desk.submit("srun -N2 -n2 sleep 1000\necho srun $? >> ends.${SLURM_RESTART_COUNT-0}\n"
+                      "touch up.${SLURM_RESTART_COUNT-0}; exec sleep 999\n", "-N2", "--open-mode=append")
+    desk.until(lambda: sorted(desk.living("sleep", "1000")) == ["node1", "node2"], "the step")
+    desk.lose_node("node1", kill=False)
+    desk.until(lambda: "Node failure on node1" in desk.output(job), "its srun to say so")
+    desk.exists("up.0")
+    assert desk.read("ends.0") == "srun 137\n"
+    desk.until(lambda: desk.show(job, "%T %B") in ("RUNNING node2", "RUNNING node3"), "the successor")
+    desk.until(lambda: len(desk.living("sleep", "1000")) >= 2, "its step")
+    assert desk.living("sleep", "999") == ["node1"], "the old driver has heard nothing"
+    desk.return_node("node1")
+    desk.until(lambda: desk.living("sleep", "999") == [], "the old driver to be swept away")
+    desk.run("scancel", job)
+
+
+def test_both_a_node_that_returns_in_time_was_never_away(both):
+    desk = both(real={"SlurmdTimeout": 60}, fake={"SlurmdTimeout": 600})
+    job = desk.submit(AGENT % "-N2 -n2", "-N2")
+    desk.exists("up0"), desk.exists("up1")
+    desk.lose_node("node2", kill=False)
+    desk.return_node("node2")
+    assert desk.show(job) == "RUNNING" and len(desk.living("sleep", "1000")) == 2
+    desk.run("scancel", job)
+    assert desk.until_done(job) == "CANCELLED"
+
+
+def test_both_nodes_can_be_drained_and_set_down_by_hand(both):
+    desk = both()
+    assert desk.run("scontrol", "update", "NodeName=node3", "State=DRAIN").returncode == 1
+    desk.run("scontrol", "update", "NodeName=node3", "State=DRAIN", "Reason=mending it")
+    assert desk.nodes() == {"drained": "node3", "idle": "node[1-2,4]"}
+    assert desk.run("sinfo", "-h", "-p", "main", "-t", "drain", "-o", "%E").stdout == "mending it\n"
+    job = desk.submit(WAITS, "-N3")
+    desk.exists("up.")
+    assert desk.show(job, "%N") == "node[1-2,4]"
+    desk.run("scontrol", "update", "NodeName=node4", "State=DRAIN", "Reason=x")
+    assert desk.nodes()["draining"] == "node4" and desk.show(job) == "RUNNING"
+    desk.run("scontrol", "update", "NodeName=node[3-4]", "State=RESUME")
+    assert desk.nodes() == {"mixed": "node[1-2,4]", "idle": "node3"}
+    desk.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=gone")
+    desk.until(lambda: desk.nodes().get("down") == "node2" and desk.field(job, "Restarts") == "1", "the job to be requeued")
+    desk.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    desk.until(lambda: "down" not in desk.nodes(), "the node to be back")
+
+
+def test_what_has_ended_of_an_array_is_forgotten_by_itself(desk_of):
+    desk = desk_of(MinJobAge=1, FakeRequeueDelay=0.2)
+    array = desk.submit("[ $SLURM_ARRAY_TASK_ID = 1 ] && exit\n" + WAITS, "-a", "1-3%2")
+    desk.until(lambda: desk.show(array + "_1") == "", "the first task to be forgotten")
+    assert sorted(desk.show(array, "%i %T").splitlines()) == [array + "_2 RUNNING", array + "_3 RUNNING"]
+    unknown = desk.run("squeue", "-h", "-j", array + "_1")
+    assert (unknown.returncode, unknown.stdout) == (0, "")
+    desk.run("scontrol", "requeue", array + "_2")
+    desk.until(lambda: desk.show(array + "_2") == "RUNNING", "its second run, which nobody forgot")
+    desk.write("go", "")
+    desk.until(lambda: desk.run("squeue", "-h", "-t", "all", "-j", array).returncode == 1, "the array to be forgotten")
+    assert desk.run("squeue", "-h", "-j", array + "_2").stderr == "slurm_load_jobs error: Invalid job id specified\n"
 
 
 # The bench itself ----------------------------------------------------------------------------------

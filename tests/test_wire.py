@@ -76,6 +76,12 @@ def test_a_silent_server_costs_no_more_than_the_time_allowed():
     assert llmrun.clock() - began < 4
 
 
+def test_an_answer_that_stops_in_its_middle_is_given_up(monkeypatch):
+    monkeypatch.setattr(llmrun, "IDLE_TIMEOUT_S", 0.3)
+    with pytest.raises(llmrun.WireError, match="time allowed"):
+        run(ask(OK[:-1], then="silence", timeout_s=60))
+
+
 def test_nobody_there_is_told_apart_from_a_broken_answer():
     async def work():
         await llmrun.Client("127.0.0.1", 1).request("GET", "/")

@@ -46,7 +46,7 @@ def life(folder, port):
     llmrun.gc.set_threshold(20000, 20, 100)
     prompts = llmrun.Input.load(run, config, "m")
     marks = llmrun.Marks(run, prompts)
-    numbers = [n for n in range(len(prompts)) if marks.state[n] != llmrun.Marks.DONE]
+    numbers = llmrun.array.array("Q", (n for n in range(len(prompts)) if marks.state[n] != llmrun.Marks.DONE))
     resumed_s = time.monotonic() - began
     del marks
     journal, tally = llmrun.Journal(run, run.new_life(0, 0)), llmrun.Tally()

@@ -73,6 +73,12 @@ def split_off(controller, job, task):
     return job
 
 
+def last_one(job):
+    """A remainder of one task becomes that task once the scheduler looks at it."""
+    if len(job.array_waiting) == 1:
+        job.array_task, job.array_waiting = job.array_waiting[0], ()
+
+
 def running_tasks(controller, job):
     return sum(other.array is job.array and other.shown_state in ("RUNNING", "COMPLETING", "SUSPENDED")
                for other in controller.jobs.values())
@@ -162,18 +168,14 @@ def one_line_each(jobs):
 
 
 def together(jobs):
-    """squeue shows what waits of an array in one line, tasks that have a number of their own included."""
-    merged, lines = {}, []
+    """squeue adds waiting tasks that have a number of their own (started before, or changed) to the remainder's line."""
+    waiting = [job for job in jobs if job.array and job.shown_state == "PENDING"]
+    lines = []
     for job in jobs:
-        if not job.array or job.state != "PENDING":
-            lines.append(job)
+        others = [other for other in waiting if job in waiting and other is not job and other.array is job.array]
+        if not job.array_waiting or not others:
+            lines += [job] * (not any(other.array_waiting for other in others))
             continue
-        lines.append(job if job.array.id not in merged else None)
-        merged.setdefault(job.array.id, []).append(job)
-    for position, job in enumerate(lines):
-        parts = merged.get(job.array.id, []) if job and job.array and job.state == "PENDING" else []
-        if len(parts) > 1:
-            indices = sorted({index for each in parts for index in (each.array_waiting or (each.array_task,))})
-            head = next((each for each in parts if each.id == job.array.id), job)
-            lines[position] = some_of(head, tuple(indices), merged=True)
-    return [job for job in lines if job]
+        indices = sorted({*job.array_waiting, *(other.array_task for other in others)})
+        lines.append(some_of(job, tuple(indices), merged=True))
+    return lines

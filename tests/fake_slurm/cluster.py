@@ -8,6 +8,7 @@
 Everything of a cluster lies in its folder: slurm.conf, bin/ with the commands, state/ of the controller."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ if not __package__:                       # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fake_slurm import processes  # noqa: E402
+from fake_slurm.client import connect  # noqa: E402
 from fake_slurm.conf import read_conf  # noqa: E402
-from fake_slurm.wire import SOCKET  # noqa: E402
+from fake_slurm.wire import SOCKET, Frames, pack  # noqa: E402
 
 PACKAGE = Path(__file__).resolve().parent
 COMMANDS = ("sbatch", "srun", "salloc", "scancel", "squeue", "scontrol", "sinfo", "sacct", "sacctmgr")
@@ -31,10 +33,12 @@ ClusterName=fake
 ProctrackType=proctrack/cgroup
 KillWait=2
 NodeName=node[1-4] CPUs=4 RealMemory=4000 Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES MaxTime=04:00:00 PriorityTier=5
-PartitionName=short Nodes=ALL MaxTime=00:05:00 MaxNodes=2 PriorityTier=5
-PartitionName=low Nodes=ALL MaxTime=04:00:00 PriorityTier=1
-PartitionName=high Nodes=ALL MaxTime=04:00:00 PriorityTier=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=04:00:00 PriorityTier=5 PreemptMode=OFF
+PartitionName=short Nodes=ALL MaxTime=00:05:00 MaxNodes=2 PriorityTier=5 PreemptMode=OFF
+PartitionName=low Nodes=ALL MaxTime=04:00:00 PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=high Nodes=ALL MaxTime=04:00:00 PriorityTier=10 PreemptMode=OFF
 """
 
 CLIENT = """\
@@ -47,14 +51,18 @@ main({name!r})
 
 
 class FakeCluster:
-    """One controller and its folder. Further keys of slurm.conf may be given by name: FakeTick=1."""
+    """One controller and its folder. Further keys of slurm.conf may be given by name: FakeTick=1.
 
-    def __init__(self, folder, conf_text=DEFAULT_CONF, kill_wait=None, proctrack=None, **settings):
+    partitions: a partition's name to further words of its line, {"low": "GraceTime=20"}."""
+
+    def __init__(self, folder, conf_text=DEFAULT_CONF, kill_wait=None, proctrack=None, partitions=None, **settings):
         self.folder = Path(os.path.realpath(folder))
         if kill_wait is not None:
             settings["KillWait"] = kill_wait
         if proctrack is not None:
             settings["ProctrackType"] = proctrack if "/" in proctrack else "proctrack/" + proctrack
+        for name, words in (partitions or {}).items():
+            conf_text = re.sub(r"(?m)^(PartitionName=%s\b.*)$" % name, r"\1 " + words, conf_text)
         self.conf_text = conf_text + "".join("%s=%s\n" % item for item in settings.items())
         self.nodes = list(read_conf(self.conf_text).nodes)
         self.conf_path = self.folder / "slurm.conf"
@@ -122,6 +130,29 @@ class FakeCluster:
 
     def __exit__(self, *_):
         self.stop()
+
+    # Nodes that fail
+
+    def lose_node(self, name, kill=True):
+        """A node falls silent. kill: with all its processes, as when its power fails; else only its slurmd is gone,
+        and what runs there lives on beyond the reach of signals. Slurm notices after SlurmdTimeout."""
+        self.ask("kill" if kill else "lose", name)
+
+    def return_node(self, name):
+        self.ask("return", name)
+
+    def ask(self, *argv):
+        """One of commands.py's `fake` actions; returns when it is done."""
+        sock = connect(str(self.conf_path))
+        frames, code = Frames(), None
+        with sock:
+            sock.sendall(pack({"tool": "fake", "argv": list(argv), "environment": {}}))
+            while code is None:
+                data = sock.recv(1 << 16)
+                messages = frames.feed(data) if data else [("exit", 1)]
+                code = next((message[1] for message in messages if message[0] == "exit"), None)
+        if code:
+            raise RuntimeError("the fake Slurm refuses %s:\n%s" % (" ".join(argv), self.log()))
 
     def processes(self):
         """(pid, node, argv) of every living process of this cluster's jobs, escaped ones too."""

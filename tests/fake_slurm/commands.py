@@ -7,7 +7,7 @@ import signal
 import time
 import traceback
 
-from . import show
+from . import failures, show
 from .arrays import drop_waiting, make_array, named_jobs, parse_array, read_name
 from .dependencies import parse_dependency
 from .environment import allocation_variables, exported, login_variables
@@ -478,6 +478,20 @@ def cancel_step(controller, client, job, number_of_step, number):
     return 0
 
 
+# For tests --------------------------------------------------------------------------------------
+
+async def fake(controller, client, argv):
+    """What a test does to a cluster: lose NODE | kill NODE | return NODE."""
+    action, node = argv
+    if node not in controller.nodes:
+        raise Refusal(1, "no such node: " + node)
+    if action == "return":
+        failures.give_back(controller, node)
+    else:
+        failures.lose(controller, node, kill=action == "kill")
+    return 0
+
+
 # Commands that only tell ------------------------------------------------------------------------
 
 def teller(function):
@@ -496,6 +510,6 @@ def no_accounting(controller, client, argv):
     return 1
 
 
-TOOLS = {"sbatch": sbatch, "srun": srun, "salloc": salloc, "scancel": scancel, "squeue": teller(show.squeue),
+TOOLS = {"fake": fake, "sbatch": sbatch, "srun": srun, "salloc": salloc, "scancel": scancel, "squeue": teller(show.squeue),
          "scontrol": teller(show.scontrol), "sinfo": teller(show.sinfo), "sacct": teller(no_accounting),
          "sacctmgr": teller(no_accounting)}

@@ -7,7 +7,8 @@ from .formats import UNLIMITED, compare_version, expand, parse_time
 
 # What a key means when the file does not name it. Fake* keys exist only here:
 # FakeVersion is the release to behave like, FakeTick the controller's slow cycle (30 s in Slurm),
-# FakeTaskProlog a line that every task prints first, as a site's TaskProlog does. Only here as well:
+# FakeTaskProlog a line that every task prints first, as a site's TaskProlog does, FakeRequeueDelay how many
+# seconds a requeued job waits (cred_expire of AuthInfo and one more in Slurm). Only here as well:
 # `scontrol update job ID FakeEnd=SECONDS` moves a time limit, whose least is a minute in Slurm.
 DEFAULTS = {
     "ClusterName": "fake", "KillWait": "30", "MinJobAge": "300", "EioTimeout": "60",
@@ -16,8 +17,9 @@ DEFAULTS = {
     "AccountingStorageType": "accounting_storage/none", "SchedulerType": "sched/backfill",
     "PreemptMode": "OFF", "PreemptType": "preempt/none", "JobRequeue": "1", "JobFileAppend": "0",
     "SlurmdTimeout": "300", "InactiveLimit": "0", "KillOnBadExit": "0", "WaitTime": "0",
-    "MpiDefault": "none", "AuthInfo": "", "SrunPortRange": "", "LaunchParameters": "",
+    "MpiDefault": "none", "AuthInfo": "", "PreemptParameters": "", "SlurmctldParameters": "", "SrunPortRange": "", "LaunchParameters": "",
     "FakeVersion": "22.05.8", "FakeTick": "30", "FakeTaskProlog": "",
+    "FakeRequeueDelay": "",
 }
 
 
@@ -71,6 +73,16 @@ class Conf:
     def memory_counts(self):
         return "MEMORY" in self.values["SelectTypeParameters"].upper()
 
+    @property
+    def requeue_delay(self):
+        """A requeued job waits until the credentials of its earlier run have expired."""
+        expire = re.search(r"cred_expire=(\d+)", self.values["AuthInfo"])
+        return float(self.values["FakeRequeueDelay"] or (int(expire.group(1)) if expire else 120) + 1)
+
+    @property
+    def preempts(self):
+        return self.values["PreemptType"] == "preempt/partition_prio"
+
     def since(self, version):
         return compare_version(self.values["FakeVersion"]) >= compare_version(version)
 
@@ -105,7 +117,7 @@ def limit(text):
     return UNLIMITED if text.upper() in (UNLIMITED, "INFINITE") else int(text)
 
 
-def partition_conf(line, nodes):
+def partition_conf(line, nodes, preempt_mode):
     value = pairs(line)
     names = tuple(nodes) if value.get("Nodes", "ALL") == "ALL" else tuple(expand(value["Nodes"]))
     return PartitionConf(
@@ -113,7 +125,7 @@ def partition_conf(line, nodes):
         parse_time(value.get("MaxTime", UNLIMITED)),
         parse_time(value["DefaultTime"]) if "DefaultTime" in value else None,
         limit(value.get("MaxNodes", UNLIMITED)), int(value.get("PriorityTier", 1)),
-        value.get("PreemptMode", "OFF"), int(value.get("GraceTime", 0)), value.get("State", "UP"))
+        value.get("PreemptMode", preempt_mode).upper(), int(value.get("GraceTime", 0)), value.get("State", "UP"))
 
 
 def read_conf(text):
@@ -127,5 +139,6 @@ def read_conf(text):
         else:
             key, _, value = line.partition("=")
             values[names.get(key.strip().lower(), key.strip())] = value.strip().strip('"')
-    partitions = [partition_conf(line, nodes) for line in partition_lines]
+    preempt_mode = values["PreemptMode"].upper().replace(",GANG", "").replace("GANG,", "")
+    partitions = [partition_conf(line, nodes, preempt_mode) for line in partition_lines]
     return Conf(values, nodes, {partition.name: partition for partition in partitions})

@@ -9,18 +9,22 @@ import shutil
 import signal
 import time
 
-from .arrays import running_tasks, split_off
+from .arrays import last_one, running_tasks, split_off
 from .conf import read_conf
 from .dependencies import judge_dependency
 from .environment import batch_variables
 from .files import name_files
 from .formats import UNLIMITED
+from .failures import look_at_nodes
 from .model import Node, Step, Task
+from .preemption import end_preempted, make_room, resume_those_who_made_way
 from .processes import CLUSTER_MARK, Tracking, adopt_orphans, descendants, marks, send, spawn, start_time, with_marks
 from .request import partition_reason, place
 from .wire import SOCKET, Frames, pack, socket_address
 
 SIGNAL_GAP_S = 0.004        # between CONT and TERM; Slurm's are milliseconds apart, in this order
+REQUEUE_HEAD_START_S = 0.004    # who requeues itself hears of it 2-5 ms after scontrol said yes
+STOP_AFTER_S = 2                # scontrol suspend: TSTP, then STOP
 NOTICES = {"CANCELLED": "", "TIMEOUT": " DUE TO TIME LIMIT", "PREEMPTED": " DUE TO PREEMPTION",
            "REQUEUED": " DUE TO JOB REQUEUE", "NODE_FAIL": " DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"}
 
@@ -64,12 +68,15 @@ class Controller:
                     self.watch_time(job, now)
                 elif not job.live and now - job.ended > self.conf.number("MinJobAge"):
                     self.forget(job)
+            look_at_nodes(self, now)
             self.schedule_now(backfill=True)
 
     def watch_time(self, job, now):
         request = job.request
         warn = request.signal and request.signal_lead and not job.warned
-        if now >= job.end_at:
+        if now >= job.end_at and job.preempted_at:
+            end_preempted(self, job)
+        elif now >= job.end_at:
             self.end(job, "TIMEOUT", "TimeLimit")
         elif warn and now + self.conf.number("FakeTick") + request.signal_lead >= job.end_at:
             job.warned = True
@@ -92,11 +99,15 @@ class Controller:
         self.jobs[job.id] = job
         job.held = job.request.hold
         job.comment = job.request.comment
-        job.eligible = None if job.held else max(job.submitted, job.request.begin or 0)
+        job.begin = job.request.begin
+        job.eligible = None if job.held else max(job.submitted, job.begin or 0)
         job.priority = 0 if job.held else 4294901760 - job.id
         job.time_limit = self.time_limit(job.request)
-        if job.request.begin:
-            self.loop.call_later(max(0, job.request.begin - time.time()) + 0.01, self.schedule)
+        self.wait_for_begin(job)
+
+    def wait_for_begin(self, job):
+        if job.begin:
+            self.loop.call_later(max(0, job.begin - time.time()) + 0.01, self.schedule)
         self.schedule()
 
     def time_limit(self, request):
@@ -113,6 +124,7 @@ class Controller:
 
     def schedule_now(self, backfill=False):
         self.scheduled = False
+        resume_those_who_made_way(self)
         waiting = [job for job in self.jobs.values() if job.state == "PENDING"]
         waiting.sort(key=lambda job: (-max(self.conf.partitions[name].priority_tier for name in job.request.partitions),
                                       -job.priority))
@@ -122,6 +134,8 @@ class Controller:
                 pass                        # the next task of an array
 
     def try_start(self, job, blocked, backfill):
+        if not job.held:
+            last_one(job)
         job.reason = self.obstacle(job)
         return job.reason == "None" and self.try_partitions(job, blocked, backfill)
 
@@ -159,6 +173,8 @@ class Controller:
                 self.start(split_off(self, job, job.array_waiting[0]) if job.array_waiting else job, name, shares)
                 return True
             job.reason = "Priority" if name in blocked else self.wait_reason(job, partition)
+            if job.reason == "Resources" and make_room(self, job, partition):
+                return self.try_partitions(job, blocked, backfill)
             if job.reason != "BadConstraints" and name not in blocked:
                 blocked[name] = self.estimate(job, partition)
                 job.planned = blocked[name] if backfill else job.planned
@@ -182,33 +198,67 @@ class Controller:
 
     def start(self, job, partition, shares):
         now = time.time()
-        job.partition, job.shares, job.started = partition, shares, now
+        job.partition, job.shares, job.first_shares, job.started = partition, shares, shares, now
         job.state, job.reason, job.planned = "RUNNING", "None", None
         job.end_at = None if job.time_limit == UNLIMITED else now + job.time_limit * 60
-        for name, share in shares.items():
-            self.nodes[name].holders[job.id] = share
+        self.hold_nodes(job)
+        job.batch_host, job.paused = job.nodes[0], 0
         job.allocated.set()
         if job.script is not None:
             name_files(job)
             self.start_batch(job)
 
     def end(self, job, state, reason="None"):
-        """A job is taken away: cancelled, out of time. Its processes have KillWait to leave."""
-        if not job.live or job.completing and job.state != "RUNNING":
+        """A job is taken away: cancelled, out of time, to be requeued. Its processes have KillWait to leave."""
+        if not job.live or job.completing:
             return
-        pending = job.state == "PENDING"
+        before = job.state
         job.state, job.reason, job.ended = state, reason, time.time()
-        if pending:
-            return self.finish(job)
+        if before == "PENDING":
+            self.finish(job)
+            return
         job.completing = True
         self.announce(job, NOTICES[state])
-        self.soon(self.ask_to_leave(job, twice=state in ("TIMEOUT", "PREEMPTED")))
+        self.soon(self.ask_to_leave(job, twice=state in ("TIMEOUT", "PREEMPTED"), stopped=before == "SUSPENDED"))
         self.kill_later(job)
         self.settle(job)
 
-    async def ask_to_leave(self, job, twice):
+    def end_and_requeue(self, job, state):
+        job.again = True
+        job.restarts += 1
+        self.end(job, state)
+
+    def requeue(self, job):
+        """scontrol requeue: a job that has ended but is still known runs again, too."""
+        if job.live and not job.completing:
+            self.end_and_requeue(job, "REQUEUED")
+            return
+        job.restarts += 1
+        job.again = True
+        if not job.completing:
+            self.start_over(job)
+
+    def start_over(self, job):
+        """In the queue again, after the time that Slurm waits for its credentials to expire."""
+        now = time.time()
+        job.again, job.state, job.reason = False, "PENDING", "None"
+        job.submitted, job.begin = now, now + self.conf.requeue_delay
+        job.eligible = job.begin
+        job.shares, job.batch, job.next_step, job.partition = {}, None, 0, ",".join(job.request.partitions)
+        job.started = job.ended = job.end_at = job.preempted_at = job.suspended_at = None
+        job.exit_code = job.exit_signal = 0
+        job.warned = job.launch_failure = job.made_way = False
+        job.finished.clear()
+        job.allocated.clear()
+        self.wait_for_begin(job)
+
+    async def ask_to_leave(self, job, twice, stopped=False):
         """The steps first: under linuxproc the TERM that follows reaches the sruns of the script too,
         and an srun that gets it kills its tasks at once."""
+        if job.again:
+            await asyncio.sleep(REQUEUE_HEAD_START_S)
+        if stopped:
+            await self.signal_steps(job.all_steps(), signal.SIGCONT)
         early = [signal.SIGTERM] if twice else []
         await self.signal_steps(job.steps.values(), *early, signal.SIGCONT, signal.SIGTERM)
         if job.batch:
@@ -219,7 +269,7 @@ class Controller:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S")
         if job.batch and job.batch.alive:
             self.write_output(job, "slurmstepd-%s: error: *** JOB %d ON %s CANCELLED AT %s%s ***\n"
-                              % (job.nodes[0], job.id, job.nodes[0], moment, notice))
+                              % (job.batch_host, job.id, job.batch_host, moment, notice))
         for step in job.steps.values():
             step.announce(notice)
         if job.client:
@@ -261,23 +311,60 @@ class Controller:
     def finish(self, job):
         job.completing = False
         job.ended = time.time()
-        for node in self.nodes.values():
-            node.holders.pop(job.id, None)
+        self.release(job)
         if job.batch:
             shutil.rmtree(self.spool(job), ignore_errors=True)
+        if job.again:
+            self.start_over(job)
+            return
+        if job.state == "NODE_FAIL":
+            job.shares = job.first_shares
         job.finished.set()
         job.allocated.set()
         self.schedule()
 
+    def hold_nodes(self, job):
+        for name, share in job.shares.items():
+            self.nodes[name].holders[job.id] = share
+
+    def release(self, job):
+        for node in self.nodes.values():
+            node.holders.pop(job.id, None)
+
+    # Suspending ----------------------------------------------------------------------------------
+
+    def suspend(self, job):
+        """Its processors are free for others meanwhile."""
+        job.state, job.suspended_at = "SUSPENDED", time.time()
+        self.release(job)
+        for step in job.all_steps():
+            self.tracking.signal(step, signal.SIGTSTP)
+        self.loop.call_later(STOP_AFTER_S, self.stop_suspended, job, job.suspended_at)
+        self.schedule()
+
+    def stop_suspended(self, job, since):
+        if job.state == "SUSPENDED" and job.suspended_at == since:
+            for step in job.all_steps():
+                self.tracking.signal(step, signal.SIGSTOP)
+
+    def resume(self, job):
+        pause = time.time() - job.suspended_at
+        job.state, job.suspended_at, job.made_way = "RUNNING", None, False
+        job.end_at = job.end_at and job.end_at + pause
+        job.paused += pause
+        self.hold_nodes(job)
+        for step in job.all_steps():
+            self.tracking.signal(step, signal.SIGCONT)
+
     # The batch script ------------------------------------------------------------------------------
 
     def spool(self, job):
-        return os.path.join(self.state, "spool", job.nodes[0], "job%05d" % job.id)
+        return os.path.join(self.state, "spool", job.batch_host, "job%05d" % job.id)
 
     def start_batch(self, job):
         node = job.nodes[0]
         task = Task(0, 0, node, 0)
-        job.batch = task.step = Step(job, "batch", "batch", {node: job.shares[node]}, tasks=[task], started=time.time())
+        job.batch = task.step = Step(job, "batch", "batch", {node: job.shares[node]}, tasks=[task], started=time.time(), run=job.restarts)
         folder = self.spool(job)
         os.makedirs(folder, 0o750, exist_ok=True)
         script = os.path.join(folder, "slurm_script")
@@ -287,7 +374,7 @@ class Controller:
             files = self.open_files(job)
         except OSError:
             return self.launch_failed(job)
-        environment = {**batch_variables(job, self.conf, self.conf_path), **marks(self.folder, job.batch.label, node)}
+        environment = {**batch_variables(job, self.conf, self.conf_path), **marks(self.folder, job.batch.mark, node)}
         cwd = job.workdir if os.path.isdir(job.workdir) else "/tmp"
         try:
             task.pid = spawn([script, *job.argv], environment, cwd, job.umask, files)
@@ -325,6 +412,8 @@ class Controller:
     def batch_ended(self, task, status):
         job = task.step.job
         task.status = status
+        if task.step is not job.batch:
+            return
         job.exit_code, job.exit_signal = status >> 8, status & 127
         self.tracking.clear(task.step, task.node)
         if not job.completing:
@@ -356,7 +445,9 @@ class Controller:
             if not pid:
                 return
             task, ended = self.children.pop(pid, (None, None))
-            if task:
+            if task and task.node in self.tracking.lost:
+                self.nodes[task.node].unheard.append((task, ended, status))
+            elif task and not task.given_up:
                 ended(task, status)
 
     def kill_everything(self):

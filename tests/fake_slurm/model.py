@@ -29,7 +29,16 @@ class Node:
     conf: NodeConf
     holders: dict = field(default_factory=dict)     # job id -> Share
     drained: bool = False
+    down: bool = False
+    lost_at: Optional[float] = None                 # its slurmd is silent since then
+    killed: bool = False                            # with all its processes
+    silent: bool = False                            # which the controller has noticed by now
+    unheard: list = field(default_factory=list)     # ends of tasks that it could not report
     reason: str = ""
+
+    @property
+    def usable(self):
+        return not self.drained and not self.down and self.lost_at is None
 
     @property
     def name(self):
@@ -79,7 +88,7 @@ class Request:
     signal: int = 0
     signal_batch: bool = False
     signal_lead: int = 60
-    no_kill: bool = False
+    no_kill: bool = False                 # a lost node does not end the job
     requeue: bool = True
     append: bool = False
     kill_on_invalid_dep: bool = False
@@ -102,6 +111,7 @@ class Task:
     stdin: object = None                  # a write transport
     early_input: list = field(default_factory=list)     # what came before stdin was open
     open_streams: int = 0
+    given_up: bool = False                # its node was lost; it may live on
 
     @property
     def alive(self):
@@ -119,9 +129,12 @@ class Step:
     tasks: list = field(default_factory=list)
     client: object = None
     started: float = 0
+    run: int = 0                                    # of the job, which may be requeued
     cancelled: bool = False
     killed: bool = False
-    announce: object = lambda notice: None              # tells its srun that it is being ended
+    announce: object = lambda notice: None          # tells its srun that it is being ended
+    say_cancelled: object = lambda notice: None     # ... that it has been signalled so
+    node_failed: object = lambda node, survives: None       # ... that a node of it is lost
 
     @property
     def nodes(self):
@@ -134,6 +147,11 @@ class Step:
     @property
     def label(self):
         return "%s.%s" % (self.job.id, self.id)
+
+    @property
+    def mark(self):
+        """Its processes are known by this; those of an earlier run may live on."""
+        return "%s.%d" % (self.label, self.run)
 
 
 @dataclass
@@ -159,6 +177,7 @@ class Job:
     completing: bool = False
     reason: str = "None"
     time_limit: object = UNLIMITED        # minutes
+    begin: Optional[float] = None         # not before; --begin, or the wait after a requeue
     eligible: Optional[float] = None
     started: Optional[float] = None
     ended: Optional[float] = None
@@ -177,12 +196,18 @@ class Job:
     priority: int = 0
     failed_dependency: bool = False
     restarts: int = 0
+    again: bool = False                   # it will wait anew once its processes are gone
+    batch_host: str = ""
+    suspended_at: Optional[float] = None
+    paused: float = 0                     # seconds that it has been suspended
+    made_way: bool = False                # suspended by preemption
     array: object = None                  # what it shares with the other tasks of its array
     array_task: Optional[int] = None      # None: no task, or not yet one
     array_waiting: tuple = ()             # the indices of the tasks that have not started
     merged: bool = False                  # squeue's look at the waiting tasks of an array
     preempted_at: Optional[float] = None
     launch_failure: bool = False
+    first_shares: dict = field(default_factory=dict)    # before a node was lost
     finished: asyncio.Event = field(default_factory=asyncio.Event)
     allocated: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -145,17 +145,19 @@ class Tracking:
 
     def __init__(self, cluster, cgroup):
         self.cluster, self.cgroup = cluster, cgroup
+        self.lost = set()                       # nodes that hear nothing
 
     def members(self, step, node=None):
         """All of a step as a cgroup holds them: found by mark, even after a double fork."""
-        wanted = {CLUSTER_MARK: self.cluster, STEP_MARK: step.label}
+        wanted = {CLUSTER_MARK: self.cluster, STEP_MARK: step.mark}
         if node:
             wanted[NODE_MARK] = node
-        return with_marks(**wanted)
+        return [pid for pid in with_marks(**wanted) if mark_values(pid).get(NODE_MARK) not in self.lost]
 
     def signal(self, step, number, only=None):
         """A cgroup's direct children hear everything, the rest only KILL; linuxproc tells all descendants."""
-        roots = [task.pid for task in step.tasks if task.alive and (only is None or task in only)]
+        roots = [task.pid for task in step.tasks
+                 if task.alive and task.node not in self.lost and (only is None or task in only)]
         if number == signal.SIGKILL and self.cgroup and only is None:
             send(set(roots + descendants(roots) + self.members(step)), number)
         elif number == signal.SIGKILL or not self.cgroup:

@@ -215,7 +215,7 @@ def place(request, conf, nodes, limit):
     """{node: Share} for a job on these Node objects as they are now, or {}."""
     fits = {}
     for node in nodes:
-        if node.name not in request.exclude and not node.drained:
+        if node.name not in request.exclude and node.usable:
             count = tasks_that_fit(request, conf, node.conf, node.free_cpus, node.free_memory, len(node.free_gpus))
             if count > 0:
                 fits[node.name] = count

@@ -8,9 +8,10 @@ import time
 
 from .arrays import id_text, named_jobs, one_line_each, read_name, single_jobs, some_of, task_text, together
 from .dependencies import parse_dependency, show_dependency
+from .failures import take_down
 from .files import name_files
-from .formats import (UNLIMITED, BadHostlist, clock, expand, fold, minutes_as_seconds, parse_time, print_long_time,
-                      print_megabytes, print_time)
+from .formats import (UNLIMITED, BadHostlist, clock, expand, fold, fold_numbers, minutes_as_seconds, parse_time,
+                      print_long_time, print_megabytes, print_time)
 from .model import CODES, LIVE
 from .options import Refusal
 
@@ -22,7 +23,8 @@ def code_of(job):
 def elapsed(job, now):
     if not job.started:
         return 0
-    return max(0, int((now if job.live and not job.completing else job.ended or now) - job.started))
+    until = job.suspended_at or (now if job.live and not job.completing else job.ended or now)
+    return max(0, int(until - job.started - job.paused))
 
 
 def time_left(job, now):
@@ -64,14 +66,14 @@ def cpu_count(job):
 def start_of(job):
     if job.started:
         return job.started
-    begin = job.request.begin
-    return begin if begin and begin > time.time() else job.planned
+    return job.begin if job.begin and job.begin > time.time() else job.planned
 
 
 def end_of(job):
     if job.ended:
         return job.ended
-    return job.end_at
+    start = None if job.started or job.time_limit == UNLIMITED else start_of(job)
+    return start + job.time_limit * 60 if start else job.end_at
 
 
 # squeue ----------------------------------------------------------------------------------------
@@ -310,7 +312,8 @@ def scontrol(controller, client, argv):
     see.details = bool(flags & {"-d", "--details", "-dd"})
     verb = words[0].lower() if words else ""
     actions = {"show": scontrol_show, "update": scontrol_update, "hold": scontrol_hold, "uhold": scontrol_hold,
-               "release": scontrol_release, "requeue": scontrol_requeue, "ping": scontrol_ping, "listpids": scontrol_listpids}
+               "release": scontrol_release, "requeue": scontrol_requeue, "suspend": scontrol_suspend, "resume": scontrol_resume,
+               "ping": scontrol_ping, "listpids": scontrol_listpids}
     if verb not in actions:
         raise Refusal(1, "invalid keyword: %s" % (words[0] if words else ""))
     return actions[verb](controller, client, words[1:], see) or 0
@@ -373,7 +376,7 @@ def when(see, moment, missing="Unknown"):
 
 def job_fields(controller, job, see):
     request, share = job.request, next(iter(job.shares.values()), None)
-    end = job.ended if job.ended and not job.live else job.end_at
+    end = end_of(job)
     fields = [
         "JobId=%d %sJobName=%s" % (job.id, array_fields(job, see), request.name),
         "UserId=%s(%d) GroupId=%s(%d) MCS_label=N/A" % (job.user, job.uid, group_name(job.gid), job.gid),
@@ -389,17 +392,26 @@ def job_fields(controller, job, see):
         "SubmitTime=%s EligibleTime=%s" % (when(see, job.submitted), when(see, job.eligible)),
         "AccrueTime=%s" % when(see, job.eligible),
         "StartTime=%s EndTime=%s Deadline=N/A" % (when(see, start_of(job)), when(see, end)),
-        "PreemptTime=%s " % when(see, job.preempted_at, "None") * bool(job.preempted_at)
-        + "SuspendTime=None SecsPreSuspend=0 LastSchedEval=%s Scheduler=Main" % when(see, job.started or job.submitted),
+        "PreemptEligibleTime=%s PreemptTime=%s" % (when(see, job.started), when(see, job.preempted_at, "None"))
+        * preemptible(controller, job),
+        "SuspendTime=%s SecsPreSuspend=%d LastSchedEval=%s Scheduler=Main" % (
+            when(see, job.suspended_at, "None"), elapsed(job, see.now) * bool(job.suspended_at),
+            when(see, job.started or job.submitted)),
         "Partition=%s AllocNode:Sid=%s:%d" % (job.partition, os.uname().nodename, 1),
         "ReqNodeList=%s ExcNodeList=%s" % (fold(list(request.nodelist)) or "(null)", fold(list(request.exclude)) or "(null)"),
         "NodeList=%s" % (fold(job.nodes) or ("(null)" if not job.started else ""))]
     if job.batch:
-        fields.append("BatchHost=%s" % job.nodes[0])
+        fields.append("BatchHost=%s" % job.batch_host)
     fields += size_fields(job, share)
     if see.details and job.live:
         fields += detail_fields(job)
-    return fields + file_fields(job)
+    return [field for field in fields + file_fields(job) if field]
+
+
+def preemptible(controller, job):
+    if not job.started or job.again or not controller.conf.preempts:
+        return False
+    return controller.conf.partitions[job.partition].preempt_mode != "OFF"
 
 
 def array_fields(job, see):
@@ -514,6 +526,13 @@ def show_partition(controller, client, words, see):
 
 
 def node_state(node, jobs):
+    """With * when it does not answer and the controller knows."""
+    return state_word(node, jobs) + "*" * node.silent
+
+
+def state_word(node, jobs):
+    if node.down:
+        return "DOWN"
     if node.drained:
         return "DRAINING" if node.holders else "DRAINED"
     if not node.holders:
@@ -651,9 +670,16 @@ def update_node(controller, name, wishes):
         state = wishes.get("state", "").upper()
         if not node:
             raise Refusal(1, "slurm_update error: Invalid node name specified")
-        if state not in ("DRAIN", "RESUME", "IDLE", "UNDRAIN"):
+        if state not in ("DRAIN", "DOWN", "RESUME", "IDLE", "UNDRAIN"):
             raise Refusal(1, "Invalid input: %s" % state)
-        node.drained, node.reason = state == "DRAIN", wishes.get("reason", "")
+        if state in ("DRAIN", "DOWN") and "reason" not in wishes:
+            raise Refusal(1, "You must specify a reason when DOWNING a node" if state == "DOWN"
+                          else "You must specify a reason when DRAINING a node")
+        if state == "DOWN":
+            take_down(controller, node, wishes["reason"])
+            continue
+        node.drained, node.reason = state == "DRAIN", wishes.get("reason", "").strip('"')
+        node.down = node.down and node.lost_at is not None
     controller.schedule()
 
 
@@ -666,14 +692,77 @@ def scontrol_hold(controller, client, words, see):
 def scontrol_release(controller, client, words, see):
     for job in [job for word in words for job in own_jobs(controller, client, word)]:
         job.held, job.priority, job.reason = False, 4294901760 - job.id, "None"
-        job.eligible = max(time.time(), job.request.begin or 0)
+        job.eligible = max(time.time(), job.begin or 0)
         controller.schedule()
 
 
 def scontrol_requeue(controller, client, words, see):
+    code = 0
     for word in words:
-        own_jobs(controller, client, word)
-    raise Refusal(1, "Requested operation is not supported by this bench yet")
+        code |= change_each(controller, client, word, requeue_one)
+    return code
+
+
+def change_each(controller, client, word, change):
+    """Each job of a name by itself; where one of an array refuses, all are told in groups: `3_1,4: ...`."""
+    verdicts = {}
+    for job in own_jobs(controller, client, word):
+        verdicts.setdefault(change(controller, job) or "No error", []).append(job)
+    if set(verdicts) == {"No error"}:
+        return 0
+    for verdict, jobs in verdicts.items():
+        indices = [index for job in jobs for index in (job.array_waiting or (job.array_task,))]
+        client.err("%d_%s: %s" % (jobs[0].array.id, fold_numbers(sorted(indices)), verdict) if jobs[0].array and "_" not in word
+                   else "%s: %s" % (word, verdict) if jobs[0].array else "%s for job %s" % (verdict, word))
+    return 1
+
+
+def requeue_one(controller, job):
+    if job.state == "PENDING":
+        return "Job is pending execution"
+    if not job.request.requeue or job.script is None:
+        return "Requested operation is presently disabled"
+    controller.requeue(job)
+    return ""
+
+
+def scontrol_suspend(controller, client, words, see):
+    return suspend_or_resume(controller, client, words, suspend_one)
+
+
+def scontrol_resume(controller, client, words, see):
+    return suspend_or_resume(controller, client, words, resume_one)
+
+
+def suspend_or_resume(controller, client, words, change):
+    code = 0
+    for word in words:
+        if not read_name(word) or not named_jobs(controller.jobs, word):
+            raise Refusal(1, "Unexpected message received for job %s" % word)
+        if client.request["uid"]:
+            raise Refusal(1, "Access/permission denied for job %s" % word)
+        code |= change_each(controller, client, word, change)
+    return code
+
+
+def suspend_one(controller, job):
+    if job.shown_state == "RUNNING":
+        controller.suspend(job)
+    return refused_by_state(job)
+
+
+def resume_one(controller, job):
+    if job.shown_state == "RUNNING":
+        return "Job is not suspended"
+    if job.shown_state == "SUSPENDED":
+        controller.resume(job)
+    return refused_by_state(job)
+
+
+def refused_by_state(job):
+    if job.state == "PENDING":
+        return "Job is pending execution"
+    return "" if job.shown_state in ("RUNNING", "SUSPENDED") else "Job/step already completing or completed"
 
 
 def scontrol_ping(controller, client, words, see):
@@ -703,7 +792,7 @@ SINFO_HEADERS = {"N": "NODELIST", "P": "PARTITION", "R": "PARTITION", "T": "STAT
                  "e": "FREE_MEM", "G": "GRES", "O": "CPU_LOAD", "l": "TIMELIMIT", "L": "DEFAULTTIME", "D": "NODES", "c": "CPUS",
                  "a": "AVAIL", "f": "AVAIL_FEATURES", "n": "HOSTNAMES", "F": "NODES(A/I/O/T)", "z": "S:C:T", "d": "TMP_DISK", "w": "WEIGHT",
                  "E": "REASON", "s": "JOB_SIZE", "g": "GROUPS", "h": "OVERSUBSCRIBE", "B": "MAX_CPUS_PER_NODE"}
-SHORT_STATES = {"ALLOCATED": "alloc", "MIXED": "mix", "IDLE": "idle", "DRAINED": "drain", "DRAINING": "drng", "COMPLETING": "comp"}
+SHORT_STATES = {"ALLOCATED": "alloc", "MIXED": "mix", "IDLE": "idle", "DRAINED": "drain", "DRAINING": "drng", "COMPLETING": "comp", "DOWN": "down"}
 
 
 def sinfo(controller, client, argv):
@@ -746,9 +835,9 @@ def sinfo_values(controller, partition, group):
     free = sum(each.free_cpus for each in group)
     default = partition.max_time if partition.default_time is None else partition.default_time
     busy = sum(bool(each.holders) for each in group)
-    idle_cpus = 0 if node.drained else free
+    idle_cpus = 0 if node.drained or node.down else free
     return {"N": fold([each.name for each in group]), "P": partition.name + "*" * partition.default, "R": partition.name,
-            "T": state.lower(), "t": SHORT_STATES[state], "C": "%d/%d/%d/%d" % (total - free, idle_cpus, free - idle_cpus, total),
+            "T": state.lower(), "t": SHORT_STATES[state.rstrip("*")] + "*" * node.silent, "C": "%d/%d/%d/%d" % (total - free, idle_cpus, free - idle_cpus, total),
             "m": node.conf.memory, "e": node.conf.memory // 2, "G": node.conf.gres, "O": "0.10",
             "l": print_time(minutes_as_seconds(partition.max_time)),
             "L": "n/a" if partition.default_time is None else print_time(minutes_as_seconds(default)),

@@ -56,8 +56,6 @@ def node_count(client, job, options, given, available, wanted):
         if said and int(said) != len(job.nodes):
             client.err("srun: error: SLURM_JOB_NUM_NODES environment variable conflicts with allocated node count "
                        "(%s != %d)." % (said, len(job.nodes)))
-            if int(said) > len(job.nodes):
-                raise unable(job, "More processors requested than permitted")
         return wanted or available
     low, high = node_range(options["nodes"])
     if low > len(job.nodes):
@@ -145,7 +143,7 @@ async def create_step(controller, client, job, options, given, name):
             client.err("srun: Job %d step creation temporarily disabled, retrying (Requested nodes are busy)" % job.id)
             told = True
         await asyncio.sleep(0.05)
-    step = Step(job, job.next_step, name, shares, overlap="overlap" in options, started=time.time())
+    step = Step(job, job.next_step, name, shares, overlap="overlap" in options, started=time.time(), run=job.restarts)
     job.next_step += 1
     job.steps[step.id] = step
     if told:
@@ -163,19 +161,34 @@ class Running:
         self.changed = asyncio.Event()
         self.interrupted = 0.0
         self.first_exit = None
-        self.said_abort = False
+        self.said_abort = self.said_cancelled = False
         self.files = {}
-        step.announce = self.announce
+        step.announce, step.say_cancelled, step.node_failed = self.announce, self.say_cancelled, self.node_failed
 
     def announce(self, notice):
         """*** STEP ... CANCELLED ***, from each of its nodes."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S")
         self.say_abort()
+        self.say_cancelled(notice)
+
+    def say_cancelled(self, notice):
+        """Once: who was told of a preemption's grace is not told again at its end."""
+        if self.said_cancelled:
+            return
+        self.said_cancelled = True
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S")
         for node in self.step.nodes:
             if any(task.alive for task in self.step.tasks if task.node == node):
                 self.client.err("slurmstepd-%s: error: *** STEP %s ON %s CANCELLED AT %s%s ***"
                                 % (node, self.step.label, node, moment, notice))
                 break
+
+    def node_failed(self, node, survives):
+        """Where the job lives on, the step does so only with --no-kill of its own."""
+        self.client.err("srun: error: Node failure on %s" % node)
+        if survives and "no-kill" not in self.options:
+            self.step.cancelled = True
+            self.kill()
+        self.changed.set()
 
     def say_abort(self):
         if not self.said_abort:
@@ -198,7 +211,7 @@ class Running:
         values = task_variables(self.step, task, environment, self.controller.conf, self.controller.conf_path)
         values["SLURM_UMASK"] = "%04o" % umask
         values["SRUN_DEBUG"] = "2" if "quiet" in self.options else "3"
-        values.update(self.terminal_variables(), **marks(self.controller.folder, self.step.label, task.node))
+        values.update(self.terminal_variables(), **marks(self.controller.folder, self.step.mark, task.node))
         if "gpus-per-task" in self.options and "SLURM_GPUS_PER_NODE" not in environment:
             self.narrow_gpus(task, values)
         ours, theirs = self.pipes(task)
@@ -432,7 +445,7 @@ class Running:
             self.changed.clear()
             await self.changed.wait()
         deadline = time.monotonic() + self.controller.conf.number("EioTimeout")
-        while any(task.open_streams for task in self.step.tasks):
+        while any(task.open_streams for task in self.step.tasks if not task.given_up):
             self.changed.clear()
             try:
                 await asyncio.wait_for(self.changed.wait(), max(0, deadline - time.monotonic()))

@@ -1,0 +1,277 @@
+"""Inputs of every shape, and what comes out of them."""
+
+import csv
+import io
+import json
+
+import llmrun
+import pytest
+
+
+def config_for(tmp_path, user, **prompts):
+    tables = {"prompts": {"user": str(tmp_path / user) if user != "-" else user, **prompts}, "run_dir": str(tmp_path / "runs"),
+              "engine": {"name": "echo"}}
+    config = llmrun.build_config(llmrun.Config, tables, "config.toml", None)
+    return llmrun.dataclasses.replace(config, source=str(tmp_path / "config.toml"))
+
+
+def frozen_input(tmp_path, config):
+    run = llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
+    return run, llmrun.Input.load(run, config, "m")
+
+
+def all_prompts(tmp_path, config):
+    _, prompts = frozen_input(tmp_path, config)
+    return [prompts.prompt(number) for number in range(len(prompts))]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def batch_row(name, body=None, url=llmrun.CHAT):
+    return {"custom_id": name, "method": "POST", "url": url,
+            "body": body or {"model": "gpt", "messages": [{"role": "user", "content": f"Hi {name}"}], "max_tokens": 5}}
+
+
+def test_batch_requests_go_through_untouched(tmp_path):
+    body = {"model": "gpt-x", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/é.png"}}]}],
+            "tools": [{"type": "function", "function": {"name": "f"}}], "response_format": {"type": "json_object"}, "seed": 3,
+            "logprobs": True, "max_completion_tokens": 7}
+    rows = [batch_row("a", body), batch_row("b", {"model": "e", "input": "text"}, llmrun.EMBEDDINGS),
+            batch_row("c", {"model": "m", "prompt": "p", "max_tokens": 1}, llmrun.COMPLETIONS)]
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.jsonl"))
+    assert [json.loads(p.body) for p in prompts] == [row["body"] for row in rows]
+    assert [(p.custom_id, p.url) for p in prompts] == [(row["custom_id"], row["url"]) for row in rows]
+
+
+def test_a_body_that_stands_twice_in_a_row_is_read_as_json_reads_it(tmp_path):
+    row = json.dumps(batch_row("a"))
+    (tmp_path / "in.jsonl").write_text(row.replace('"body": ', '"body": {"messages": [1]}, "body": ') + "\n")
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.jsonl"))
+    assert json.loads(prompts[0].body)["messages"][0]["content"] == "Hi a"
+
+
+@pytest.mark.parametrize("layout", ["plain", "spaced", "other order", "a key more", "escaped name"])
+def test_defaults_are_added_however_a_row_is_laid_out(tmp_path, layout):
+    """Rows alike are cut, not read; the outcome must be the same as for any other layout."""
+    rows = [batch_row(f"r{n}", {"messages": [{"role": "user", "content": "}{ \"body\": {}"}], "temperature": n}) for n in range(3)]
+    if layout == "other order":
+        rows = [dict(reversed(list(row.items()))) for row in rows]
+    if layout == "a key more":
+        rows = [{**row, "note": {"x": 1}} for row in rows]
+    if layout == "escaped name":
+        rows = [{**row, "custom_id": row["custom_id"] + '"\\'} for row in rows]
+    separators = (" , ", " :  ") if layout == "spaced" else (", ", ": ")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, separators=separators) + "\n" for row in rows))
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.jsonl", params={"top_k": 4, "temperature": 9}))
+    for row, prompt in zip(rows, prompts):
+        assert prompt.custom_id == row["custom_id"]
+        assert json.loads(prompt.body) == {"model": "m", "max_tokens": 1024, "top_k": 4, **row["body"]}
+
+
+def test_rows_with_a_template(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [{"word": "sea", "to": "de", "n": 3}, {"word": "{x}", "to": "fr", "n": [1]}])
+    (tmp_path / "system.txt").write_text("You speak {to}.")
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.jsonl", template="{{say}} {word} {n}", id_column="word",
+                                               system=str(tmp_path / "system.txt")))
+    assert [p.custom_id for p in prompts] == ["sea", "{x}"]
+    assert json.loads(prompts[0].body)["messages"] == [{"role": "system", "content": "You speak de."},
+                                                       {"role": "user", "content": "{say} sea 3"}]
+    assert json.loads(prompts[1].body)["messages"][1]["content"] == "{say} {x} [1]"
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    (tmp_path / "ask.txt").write_text("What is {word}?")
+    write_jsonl(tmp_path / "in.jsonl", [{"word": "sea"}])
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.jsonl", template="ask.txt"))
+    assert "What is sea?" in prompts[0].body.decode()
+
+
+def test_csv_rows_with_quotes_and_line_ends_in_them(tmp_path):
+    (tmp_path / "in.csv").write_bytes("\ufeffid,text\r\n1,\"a, b\"\r\n2,\"line one\nline \"\"two\"\"\"\r\n\r\n3,é\r\n".encode())
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.csv", template="Say {text}", id_column="id"))
+    assert [p.custom_id for p in prompts] == ["1", "2", "3"]
+    assert [json.loads(p.body)["messages"][0]["content"] for p in prompts] == ["Say a, b", 'Say line one\nline "two"', "Say é"]
+
+
+def test_a_pattern_takes_many_files(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.csv").write_text(f"id,q\n{name}1,x\n{name}2,y\n")
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "*.csv", template="{q}", id_column="id"))
+    assert [p.custom_id for p in prompts] == ["a1", "a2", "b1", "b2"]
+    assert [p.key for p in prompts] == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0)]
+
+
+def test_standard_input_is_kept_with_the_run(tmp_path, monkeypatch):
+    class Stdin:
+        buffer = io.BytesIO(json.dumps(batch_row("x")).encode() + b"\n")
+    monkeypatch.setattr(llmrun.sys, "stdin", Stdin)
+    assert [p.custom_id for p in all_prompts(tmp_path, config_for(tmp_path, "-"))] == ["x"]
+
+
+def test_samples_have_their_own_key_and_seed(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [batch_row("a"), batch_row("b")])
+    prompts = all_prompts(tmp_path, config_for(tmp_path, "in.jsonl", samples=3, params={"seed": 10}))
+    assert [p.key for p in prompts][:4] == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0)]
+    assert [json.loads(p.body)["seed"] for p in prompts][:3] == [10, 11, 12]
+    assert [p.custom_id for p in prompts][:3] == ["a#1", "a#2", "a#3"]
+
+
+BAD = [
+    ('{"custom_id": "a"}\n', "in.jsonl:1", "template"), ("{}\n[1]\n", "in.jsonl:1", "template"), ("nonsense\n", "in.jsonl:1", "not JSON"),
+    (json.dumps(batch_row("a")) + "\n\n" + '{"custom_id": "b", "body": {}}\n', "in.jsonl:3", "asks nothing"),
+    (json.dumps(batch_row("a")) + "\n" + json.dumps(batch_row("a")) + "\n", "in.jsonl:2", "stands already in"),
+    (json.dumps({**batch_row("a"), "url": "/v1/images"}) + "\n", "in.jsonl:1", "no Batch endpoint"),
+    (json.dumps({**batch_row("a"), "custom_id": 5}) + "\n", "in.jsonl:1", "custom_id is no text"),
+    ("[1]\n", "in.jsonl:1", "not a JSON object"), ("", "prompts", "no prompts")]
+
+
+@pytest.mark.parametrize("text, where, what", BAD, ids=[what for _, _, what in BAD])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, where, what):
+    (tmp_path / "in.jsonl").write_text(text)
+    with pytest.raises(llmrun.UserError) as caught:
+        llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
+    assert where in str(caught.value) and what in str(caught.value) and caught.value.mend
+
+
+@pytest.mark.parametrize("text, where, what", [
+    ("a,b\n1,2,3\n", "in.csv:2", "3 fields where the header has 2"), ("a,b\n1,2\n", "in.csv:2", "no column c"),
+    ("c\n\n\"\"\n", "in.csv:3", "empty prompt")])
+def test_a_bad_csv_row_is_named_by_file_and_line(tmp_path, text, where, what):
+    (tmp_path / "in.csv").write_text(text)
+    with pytest.raises(llmrun.UserError) as caught:
+        llmrun.freeze(config_for(tmp_path, "in.csv", template="{c}"), "m")
+    assert where in str(caught.value) and what in str(caught.value)
+
+
+def test_rows_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(json.dumps(batch_row("a")).encode() + b'\n{"x": "caf\xe9"}\n')
+    with pytest.raises(llmrun.UserError, match="in.jsonl:2: not UTF-8"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
+
+
+def test_bad_rows_can_be_skipped_and_are_told(tmp_path):
+    (tmp_path / "in.jsonl").write_text(json.dumps(batch_row("a")) + "\noops\n" + json.dumps(batch_row("b")) + "\n")
+    config = config_for(tmp_path, "in.jsonl", on_bad_row="skip")
+    frozen = llmrun.freeze(config, "m")
+    assert len(frozen.skipped) == 1 and "in.jsonl:2: not JSON" in frozen.skipped[0]
+    assert [p.custom_id for p in all_prompts(tmp_path, config)] == ["a", "b"]
+
+
+def test_a_changed_input_is_refused_and_a_touched_one_is_not(tmp_path):
+    path = tmp_path / "in.jsonl"
+    write_jsonl(path, [batch_row("a")])
+    config = config_for(tmp_path, "in.jsonl")
+    run, _ = frozen_input(tmp_path, config)
+    path.touch()
+    assert len(llmrun.Input.load(run, config, "m")) == 1
+    path.write_text(path.read_text().replace("Hi", "Ho"))
+    with pytest.raises(llmrun.UserError, match="changed after the run was submitted"):
+        llmrun.Input.load(run, config, "m")
+
+
+def result(prompts, number, status=200, text="an answer", **more):
+    answer = {"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+              "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}, **more}
+    error = None if status else {"code": "connection", "message": "it broke"}
+    return llmrun.Result(prompts.prompt(number), status, json.dumps(answer).encode(), answer, error, 1.5, 0.25, 1, 0)
+
+
+def journal_of(run, life, *lines):
+    path = run.journal / f"{life}.0.jsonl"
+    with open(path, "ab") as file:
+        file.writelines(lines)
+
+
+@pytest.fixture
+def three(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [batch_row(name) for name in "abc"])
+    config = config_for(tmp_path, "in.jsonl")
+    return (config, *frozen_input(tmp_path, config))
+
+
+def test_a_journal_line_is_openais_batch_output(three):
+    from openai.types.chat import ChatCompletion
+    config, run, prompts = three
+    done = result(prompts, 1, id="x", object="chat.completion", created=1, model="m")
+    record = json.loads(llmrun.journal_line(done))
+    assert set(record) == {"id", "custom_id", "response", "error", "llmrun"}
+    assert set(record["response"]) == {"status_code", "request_id", "body"} and record["error"] is None
+    assert ChatCompletion.model_validate(record["response"]["body"]).choices[0].message.content == "an answer"
+    lost = json.loads(llmrun.journal_line(result(prompts, 1, status=0)))
+    assert lost["response"] is None and lost["error"] == {"code": "connection", "message": "it broke"}
+
+
+def test_a_torn_last_line_is_done_again(three):
+    _, run, prompts = three
+    whole = llmrun.journal_line(result(prompts, 0))
+    for cut in (1, 20, len(whole) // 2, len(whole) - 1):
+        journal_of(run, f"{cut}.0.0", whole, llmrun.journal_line(result(prompts, 1))[:cut])
+    marks = llmrun.Marks(run, prompts)
+    assert list(marks.state) == [llmrun.Marks.DONE, llmrun.Marks.OPEN, llmrun.Marks.OPEN]
+
+
+def test_a_success_counts_before_an_error_and_the_first_life_before_others(three):
+    config, run, prompts = three
+    journal_of(run, "10.0.0", llmrun.journal_line(result(prompts, 0, text="ten")))
+    journal_of(run, "9.1.0", llmrun.journal_line(result(prompts, 0, text="nine again")), llmrun.journal_line(result(prompts, 1, 400)))
+    journal_of(run, "9.0.1", llmrun.journal_line(result(prompts, 0, status=500)), llmrun.journal_line(result(prompts, 1, 400)))
+    journal_of(run, "11.0.0", llmrun.journal_line(result(prompts, 1, text="late success")))
+    folder, marks = llmrun.write_results(run, config, prompts)
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    texts = {r["custom_id"]: r["response"]["body"]["choices"][0]["message"]["content"] for r in records}
+    assert texts == {"a": "nine again", "b": "late success"}
+    assert list(marks.state) == [2, 2, 0] and not (folder / "errors.jsonl").exists()
+
+
+def test_results_stand_in_input_order_and_errors_apart(three):
+    config, run, prompts = three
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, n, 400 if n == 1 else 200)) for n in (2, 1, 0)))
+    folder, _ = llmrun.write_results(run, config, prompts)
+    assert [json.loads(line)["custom_id"] for line in (folder / "results.jsonl").read_text().splitlines()] == ["a", "c"]
+    assert [json.loads(line)["custom_id"] for line in (folder / "errors.jsonl").read_text().splitlines()] == ["b"]
+
+
+def test_a_csv_comes_back_with_its_answers(tmp_path):
+    (tmp_path / "in.csv").write_text('id,q\n1,"a, b"\n2,c\n')
+    config = config_for(tmp_path, "in.csv", template="{q}")
+    config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(columns=["answer", "completion_tokens", "error"]))
+    run, prompts = frozen_input(tmp_path, config)
+    journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 1, status=0)), llmrun.journal_line(result(prompts, 0, text='say "x"\n')))
+    folder, _ = llmrun.write_results(run, config, prompts)
+    with open(folder / "in.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["id", "q", "answer", "completion_tokens", "error"], ["1", "a, b", 'say "x"\n', "3", ""],
+                                          ["2", "c", "", "0", "it broke"]]
+
+
+@pytest.mark.parametrize("body, text", [
+    ({"choices": [{"message": {"content": "x"}}]}, "x"), ({"choices": [{"text": "y"}]}, "y"), ({}, ""),
+    ({"choices": [{"message": {"content": None, "refusal": "no"}}]}, "no"), ({"data": [{"embedding": [1, 2]}]}, "[1, 2]"),
+    ({"choices": [{"message": {"tool_calls": [{"id": 1}]}}]}, '[{"id": 1}]')])
+def test_the_text_of_any_kind_of_answer(body, text):
+    assert llmrun.answer_of(body)["answer"] == text
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_reasoning_is_kept_under_either_name(name):
+    assert llmrun.answer_of({"choices": [{"message": {"content": "x", name: "since"}}]})["reasoning"] == "since"
+
+
+@pytest.mark.parametrize("body", [{"error": {"message": "why"}}, {"error": "why"}, {"object": "error", "message": "why"}])
+def test_the_words_of_an_error_in_every_engines_shape(body):
+    assert llmrun.error_text(body) == "why"
+
+
+@pytest.mark.parametrize("texts, finish, words", [
+    (["", " "], "stop", "all 2 answers are empty"), (["same"] * 10, "stop", "are the same"),
+    (["a", "b", "c"], "length", "3 of 3 answers were cut off"), (["a", "b"], "stop", ""), (["same"] * 3, "stop", "")])
+def test_answers_that_hardly_are_some_raise_a_doubt(three, texts, finish, words):
+    _, _, prompts = three
+    tally = llmrun.Tally()
+    for text in texts:
+        one = result(prompts, 0, text=text)
+        one.answer["choices"][0]["finish_reason"] = finish
+        tally.add(one)
+    assert words in tally.doubt() and bool(words) == bool(tally.doubt())

@@ -1,0 +1,310 @@
+"""The pump against servers that are slow, unfair, overrun or dying; the journal on a disk that fails."""
+
+import asyncio
+import errno
+import json
+import os
+import random
+
+import llmrun
+import pytest
+
+
+class Engine:
+    """A server with some slots and a time for each answer; `faults(request number)` may give raw bytes instead."""
+
+    def __init__(self, slots=2, answer_s=0.0, faults=lambda number: None):
+        self.slots, self.answer_s, self.faults = asyncio.Semaphore(slots), answer_s, faults
+        self.in_flight, self.asked, self.connections = slots + slots // 8 + 2, [], set()
+
+    async def start(self):
+        self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
+        return llmrun.Client("127.0.0.1", self.server.sockets[0].getsockname()[1])
+
+    async def talk(self, reader, writer):
+        self.connections.add(writer)
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+                body = json.loads(await reader.readexactly(length))
+                number = len(self.asked)
+                self.asked.append(body["messages"][0]["content"])
+                fault = self.faults(number)
+                if fault is None:
+                    async with self.slots:
+                        await asyncio.sleep(self.answer_s)
+                    fault = answer(f"re: {self.asked[number]}")
+                writer.write(fault)
+                if not fault:
+                    return
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    def die(self):
+        self.server.close()
+        for writer in self.connections:
+            writer.transport.abort()
+
+
+def answer(text, status=200, extra=""):
+    body = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": {"completion_tokens": 1}}
+                      if status == 200 else {"error": {"message": text}})
+    return f"HTTP/1.1 {status} X\r\n{extra}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+class Group:
+    """What the pump knows of a replica."""
+
+    def __init__(self, number, engine, client):
+        self.number, self.engine, self.client, self.failed = number, engine, client, asyncio.get_running_loop().create_future()
+
+    async def unless_failed(self, work):
+        work = asyncio.ensure_future(work)
+        await asyncio.wait([work, self.failed], return_when=asyncio.FIRST_COMPLETED)
+        if self.failed.done() and not work.done():
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            raise self.failed.result()
+        return work.result()
+
+    def fail(self):
+        self.engine.die()
+        self.client.close()
+        self.failed.set_result(llmrun.EngineFailed("", "died", ""))
+
+
+def read(number):
+    body = {"messages": [{"role": "user", "content": f"q{number}"}]}
+    return llmrun.Prompt((0, number, 0), f"r{number}", llmrun.CHAT, json.dumps(body).encode())
+
+
+def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None):
+    """Run `count` prompts through these engines; the results and how long it took."""
+    async def work():
+        groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
+        results, began = [], llmrun.clock()
+        pump = llmrun.Pump(range(count), read, results.append, began + ends_in if ends_in else llmrun.math.inf)
+        begun = [asyncio.ensure_future(asyncio.sleep(starts[n] if starts else 0)) for n in range(len(groups))]
+        helper = asyncio.ensure_future(meanwhile(pump, groups, results)) if meanwhile else None
+        try:
+            await pump.run(list(zip(groups, begun)))
+        finally:
+            if helper:
+                helper.cancel()
+            for group in groups:
+                group.client.close()
+                group.engine.server.close()
+        return results, llmrun.clock() - began
+    return asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def assert_each_once(results, count):
+    assert sorted(result.prompt.key[1] for result in results) == list(range(count))
+
+
+def test_no_slot_is_empty_and_no_prompt_is_asked_twice():
+    busy, most = [], Engine(slots=4, answer_s=0.02)
+
+    async def look(pump, groups, results):
+        while True:
+            busy.append(4 - most.slots._value)
+            await asyncio.sleep(0.005)
+    results, took = pumped(200, most, meanwhile=look)
+    assert_each_once(results, 200)
+    assert len(most.asked) == 200 and all(result.ok and result.attempts == 1 for result in results)
+    assert sum(number == 4 for number in busy[3:-8]) >= 0.9 * len(busy[3:-8])
+
+
+@pytest.mark.parametrize("status, extra", [(429, "Retry-After: 0\r\n"), (503, ""), (500, ""), (408, ""), (409, ""), (0, "")])
+def test_what_can_pass_is_asked_again(status, extra):
+    def first_two(number):
+        return (answer("busy", status, extra) if status else b"") if number < 2 else None
+    results, _ = pumped(6, Engine(faults=first_two))
+    assert_each_once(results, 6)
+    assert all(result.ok for result in results) and sum(result.attempts for result in results) == 8
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_what_cannot_pass_is_a_result_with_its_error_and_the_run_goes_on(status):
+    engine = Engine(faults=lambda number: answer("no", status) if number == 1 else None)
+    results, _ = pumped(5, engine)
+    assert_each_once(results, 5)
+    failed, = [result for result in results if not result.ok]
+    assert failed.status == status and failed.attempts == 1 and b"no" in failed.body and len(engine.asked) == 5
+
+
+def test_an_answer_that_never_comes_right_fails_in_the_end(monkeypatch):
+    monkeypatch.setattr(llmrun, "MAX_ATTEMPTS", 3)
+    results, _ = pumped(2, Engine(faults=lambda number: b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nno!"))
+    assert_each_once(results, 2)
+    assert {result.error["code"] for result in results} == {"not_json"} and {result.attempts for result in results} == {3}
+
+
+def test_retry_after_is_waited_for_outside_the_slot():
+    engine = Engine(slots=1, answer_s=0.01, faults=lambda number: answer("later", 429, "Retry-After: 1\r\n") if number == 0 else None)
+    results, took = pumped(20, engine)
+    assert_each_once(results, 20)
+    assert results[-1].attempts == 2 and took > 0.7, "the refused one came last, the others went on meanwhile"
+
+
+def test_replicas_share_by_their_speed_and_a_lost_one_costs_only_its_share():
+    """Three replicas, one 3 times slower; a fast one dies half-way: within 10 % of what the rest could do, and a tail."""
+    count, answer_s = 600, 0.02
+    engines = [Engine(4, answer_s), Engine(4, answer_s), Engine(4, 3 * answer_s)]
+    died_at = []
+
+    async def kill_one(pump, groups, results):
+        began = llmrun.clock()
+        while len(results) < count / 2:
+            await asyncio.sleep(0.005)
+        died_at.append(llmrun.clock() - began)
+        groups[1].fail()
+    results, took = pumped(count, *engines, meanwhile=kill_one)
+    assert_each_once(results, count)
+    fast = 4 / answer_s
+    ideal = died_at[0] + count / 2 / (fast + fast / 3)
+    assert took <= ideal * 1.1 + 2 * 3 * answer_s, f"{took:.2f} s, ideally {ideal:.2f} s"
+
+
+def test_the_first_ready_replica_starts_and_a_late_one_joins():
+    engines = [Engine(2, 0.01), Engine(2, 0.01)]
+    results, _ = pumped(200, *engines, starts=[0.4, 0])
+    assert_each_once(results, 200)
+    assert {result.replica for result in results[:20]} == {1} and {result.replica for result in results} == {0, 1}
+
+
+def test_when_the_last_replica_is_lost_the_run_ends_with_its_error():
+    async def kill(pump, groups, results):
+        while len(results) < 5:
+            await asyncio.sleep(0.005)
+        groups[0].fail()
+    with pytest.raises(llmrun.EngineFailed, match="died"):
+        pumped(1000, Engine(2, 0.01), meanwhile=kill)
+
+
+def test_nothing_is_sent_that_cannot_finish_before_the_end(monkeypatch):
+    monkeypatch.setattr(llmrun, "LAST_MOMENTS_S", 0.2)
+    engine = Engine(2, 0.3)
+    results, took = pumped(100, engine, ends_in=2.0)
+    assert took < 2.0 and 0 < len(results) < 100
+    assert len(engine.asked) - len(results) <= engine.in_flight, "only what was under way when time ran out is open"
+
+
+def test_draining_finishes_what_is_under_way():
+    engine = Engine(2, 0.1)
+
+    async def drain(pump, groups, results):
+        while len(results) < 4:
+            await asyncio.sleep(0.005)
+        pump.drain()
+    results, _ = pumped(1000, engine, meanwhile=drain)
+    assert 4 <= len(results) == len(engine.asked) < 20
+
+
+def test_many_prompts_with_random_faults_are_all_accounted_for(monkeypatch):
+    monkeypatch.setattr(llmrun, "IDLE_TIMEOUT_S", 0.5)
+    chance = random.Random(3)
+    kinds = [b"", answer("e", 500), answer("e", 503), answer("busy", 429, "Retry-After: 0\r\n"), b"garbage\r\n\r\n",
+             b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nshort", answer("bad", 400)]
+    engine = Engine(32, 0, lambda number: chance.choice(kinds) if chance.random() < 0.01 else None)
+    results, _ = pumped(3000, engine)
+    assert_each_once(results, 3000)
+    assert all(result.ok or result.status == 400 for result in results)
+
+
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+PIECES = b'data: {"id":"x","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n' \
+         b': ping\n\ndata: {"choices":[{"index":0,"delta":{"content":"Hel"}}]}\n\ndata: {"choices":[{"index":0,"delta":{"content":"lo"}}]}\n\n' \
+         b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":2}}\n\n'
+
+
+def test_a_stream_is_put_together_like_an_answer_that_came_whole():
+    status, body, read_body, error = llmrun.judge(llmrun.Message("HTTP/1.1 200 OK", {"content-type": "text/event-stream"},
+                                                                 PIECES + b"data: [DONE]\n\n"))
+    assert status == 200 and error is None and json.loads(body) == read_body
+    assert llmrun.answer_of(read_body) == {"answer": "Hello", "reasoning": "", "finish_reason": "stop", "prompt_tokens": 0,
+                                           "completion_tokens": 2}
+    assert read_body["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize("end, words", [(b"", "no end"), (b'data: {"error":{"message":"full"}}\n\n', "full")])
+def test_a_stream_without_its_end_is_no_answer(end, words):
+    status, _, _, error = llmrun.judge(llmrun.Message("HTTP/1.1 200 OK", {"content-type": "text/event-stream"}, PIECES + end))
+    assert status == 0 and words in error["message"]
+
+
+# ── the journal on a disk that fails ───────────────────────────────────────────
+
+
+class Disk:
+    """Stands for os in the program: its writes and syncs fail while `broken` says so."""
+
+    def __init__(self, broken):
+        self.broken, self.calls = broken, {"write": 0, "fsync": 0}
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def write(self, file, data):
+        self.calls["write"] += 1
+        if self.broken(self.calls["write"], "write"):
+            os.write(file, data[:len(data) // 2])  # half of it gets there
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.write(file, data)
+
+    def fsync(self, file):
+        self.calls["fsync"] += 1
+        if self.broken(self.calls["fsync"], "fsync"):
+            raise OSError(errno.EIO, "Input/output error")
+        return os.fsync(file)
+
+
+@pytest.mark.parametrize("what, failing", [("write", range(2, 4)), ("fsync", range(2, 5)), ("write", range(1, 8))])
+def test_a_disk_that_fails_for_a_while_costs_no_result(tmp_path, monkeypatch, what, failing):
+    config = llmrun.build_config(llmrun.Config, {"engine": {"name": "echo"}, "run_dir": str(tmp_path / "runs"), "prompts": {
+        "user": str(tmp_path / "in.jsonl"), "template": "{x}"}}, "c", None)
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"x": "{n}"}}\n' for n in range(60)))
+    run = llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
+    prompts = llmrun.Input.load(run, config, "m")
+    monkeypatch.setattr(llmrun.Journal, "SYNC_AFTER_S", 0.05)
+    monkeypatch.setattr(llmrun.Journal, "AGAIN_AFTER_S", 0.05)
+    monkeypatch.setattr(llmrun.Journal, "WRITE_AFTER_S", 0.01)
+    told = []
+    journal = llmrun.Journal(run, run.new_life(0, 0), lambda event, **facts: told.append(event))
+
+    async def work():
+        for number in range(60):
+            journal.add(llmrun.Result(prompts.prompt(number), 200, b"{}", {}, None, 0, 0, 1, 0))
+            await asyncio.sleep(0.01)
+        while journal.trouble:
+            await asyncio.sleep(0.01)
+    disk = Disk(lambda calls, name: name == what and calls in failing)
+    with monkeypatch.context() as patch:
+        patch.setattr(llmrun, "os", disk)
+        asyncio.run(work())
+        journal.close()
+    assert told.count("journal_trouble") >= 1 and told.count("journal_trouble") == told.count("journal_well"), told
+    marks = llmrun.Marks(run, prompts)
+    assert marks.count(llmrun.Marks.DONE) == 60
+    assert len(list(marks.lines((llmrun.Marks.DONE,)))) == 60
+
+
+def test_no_prompt_is_sent_while_results_cannot_be_written():
+    engine, held = Engine(2), [True]
+
+    async def work():
+        group = Group(0, engine, await engine.start())
+        results = []
+        pump = llmrun.Pump(range(10), read, results.append, llmrun.math.inf, lambda: held[0])
+        running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0)))]))
+        await asyncio.sleep(0.3)
+        assert not engine.asked
+        held[0] = False
+        await running
+        assert len(results) == 10
+        group.client.close()
+        engine.server.close()
+    asyncio.run(asyncio.wait_for(work(), 20))
