@@ -500,8 +500,8 @@ class PromptsConfig:
     user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count. Or a .jsonl "
                     "of OpenAI Batch requests, or a .jsonl or .csv of rows (see template), or a pattern as in "
                     "\"in/*.csv\". \"-\" reads JSONL rows from standard input.", example="prompts/user")
-    template: str = key("", NODE_TEXT, "How a row becomes a prompt, as in \"Translate: {text}\", or a file that says it. "
-                        "The system prompt may hold {columns} too.")
+    template: str = key("", NODE_TEXT, "How a row becomes a prompt, as in \"Translate: {text}\", or a file that says "
+                        "it. The system prompt may hold {columns} too.")
     id_column: str = key("", TEXT, "The column that names each row in the results; by default its number.")
     samples: int = key(1, number_between(1, 100000), "How often each prompt is asked, each time with another seed.")
     on_bad_row: str = key("fail", choice("fail", "skip"), "What to do with a row that cannot be asked: fail before "
@@ -897,7 +897,8 @@ def read_model(config):
     try:
         return model_from_keys(keys, size_bytes, tuple(paths))
     except (KeyError, TypeError, ZeroDivisionError):
-        raise wrong("its header does not describe a language model", "name the model itself, not an adapter or projector")
+        raise wrong("its header does not describe a language model",
+                    "name the model itself, not an adapter or projector")
 
 
 def model_from_keys(keys, size_bytes, files):
@@ -953,7 +954,8 @@ def plan_nodes(config):
         raise config.error("slurm.nodes", "the GPU memory of a node is not known",
                            'write [model] vram_per_node = "24GB", or a number of nodes')
     if room <= 0:
-        raise config.error("model.vram_per_node", "less than the engine itself needs", "write the memory of a whole node")
+        raise config.error("model.vram_per_node", "less than the engine itself needs",
+                           "write the memory of a whole node")
     return Plan(-(-(model.size_bytes + kv_bytes) // room), model, kv_bytes)
 
 
@@ -1086,16 +1088,18 @@ class Partition(NamedTuple):
 PENDING_WORDS = {
     "None": "just submitted", "Priority": "waiting its turn", "Resources": "waiting for free nodes",
     "BeginTime": "waiting for its start time (after a requeue Slurm waits about two minutes)",
-    "Dependency": "waiting for another job", "DependencyNeverSatisfied": "waits for a job that failed: it can never start",
+    "Dependency": "waiting for another job",
+    "DependencyNeverSatisfied": "waits for a job that failed: it can never start",
     "JobHeldUser": "held: `scontrol release` lets it go", "JobHeldAdmin": "held by an administrator",
     "PartitionTimeLimit": "asks for more time than its partition allows: it can never start",
     "PartitionNodeLimit": "asks for more nodes than its partition has: it can never start",
     "PartitionConfig": "asks for what its partition does not allow: it can never start",
     "BadConstraints": "asks for what no node has: it can never start",
-    "ReqNodeNotAvail": "waiting for nodes that are down or reserved", "PartitionDown": "its partition is closed for now",
-    "QOSMaxJobsPerUserLimit": "waiting until fewer of your jobs run", "AssocGrpGRES": "the account's GPUs are all in use",
+    "ReqNodeNotAvail": "waiting for nodes that are down or reserved",
+    "PartitionDown": "its partition is closed for now",
+    "QOSMaxJobsPerUserLimit": "waiting until fewer of your jobs run",
+    "AssocGrpGRES": "the account's GPUs are all in use",
     "QOSMaxGRESPerUser": "waiting until your jobs use fewer GPUs", "Reservation": "waiting for its reservation"}
-NEVER_STARTS = ("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "BadConstraints", "DependencyNeverSatisfied")
 ENDED_STATES = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
                 "OUT_OF_MEMORY", "GONE")
 
@@ -1130,7 +1134,8 @@ class Slurm:
             raise ClusterError(argv[0], f"cannot be started on this machine: {os_reason(error)}",
                                "go to a login node of the cluster, or use `run`, which needs no Slurm")
         except subprocess.TimeoutExpired:
-            raise ClusterError(argv[0], "Slurm did not answer within 90 s", "try again when the cluster answers `sinfo`")
+            raise ClusterError(argv[0], "Slurm did not answer within 90 s",
+                               "try again when the cluster answers `sinfo`")
 
     def submit(self, config, script, *options):
         """Hand a script to sbatch; its id, or what sbatch says to --test-only."""
@@ -1297,7 +1302,8 @@ class Run:
 
     def segments(self):
         """The journals of all lives, in the order that decides between two results for one prompt."""
-        found = [(Life.of_file(path), int(path.name.split(".")[3]), path) for path in self.journal.glob("*.*.*.*.jsonl")]
+        paths = self.journal.glob("*.*.*.*.jsonl")
+        found = [(Life.of_file(path), int(path.name.split(".")[3]), path) for path in paths]
         return [path for _, _, path in sorted(found)]
 
     def new_life(self, job, restart):
@@ -2585,8 +2591,8 @@ class Replica:
         self.client = Client(head.address, head.port, key)
         started = clock()
         await self.unless_failed(wait_until(
-            f"{server.name} on {head.node.name} to be ready", self.answers_health, self.engine.config.engine.load_timeout,
-            f"raise [engine] load_timeout, or see {server.log}"))
+            f"{server.name} on {head.node.name} to be ready", self.answers_health,
+            self.engine.config.engine.load_timeout, f"raise [engine] load_timeout, or see {server.log}"))
         self.tell("ready", replica=self.number, load_s=round(clock() - started, 2))
 
     async def place(self):
@@ -2739,7 +2745,8 @@ class Asking:
         if "body" in record and "custom_id" in record:
             return self.of_batch(record)
         if not self.template:
-            raise BadRow("neither a Batch request nor is there a template; set [prompts] template to a text with {columns}")
+            raise BadRow("neither a Batch request nor is there a template; "
+                         "set [prompts] template to a text with {columns}")
         custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"row-{number + 1}"
         text = fill(self.template, record)
         if not text.strip():
@@ -2798,7 +2805,8 @@ def fill(template, row):
         if name is None:
             return match.group()[0]
         if name not in row:
-            raise BadRow(f"there is no column {name}; " + (nearest(name, row) or "there are " + ", ".join(map(str, row))))
+            mend = nearest(name, row) or "there are " + ", ".join(map(str, row))
+            raise BadRow(f"there is no column {name}; {mend}")
         return row[name] if isinstance(row[name], str) else json.dumps(row[name], ensure_ascii=False)
     return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
 
@@ -2899,7 +2907,8 @@ class Input:
             record = self.record(key)
             custom_id, url, body = self.asking.of_record(self.sources[key[0]], record, key[1])
         except BadRow as bad:  # it was good when it was frozen
-            raise UserError(self.sources[key[0]].path, f"row {key[1] + 1} was changed after the run was submitted: {bad}",
+            raise UserError(self.sources[key[0]].path,
+                            f"row {key[1] + 1} was changed after the run was submitted: {bad}",
                             "put the file back, or submit the new prompts as a new run")
         if self.samples > 1:
             body = {**body, "seed": int(body.get("seed") or 0) + key[2]}
@@ -3116,10 +3125,12 @@ def check_result_names(config, frozen):
     for source in (source for source in frozen.sources if source.kind == "folder"):
         written = result_names(config, read_json_lines(source.row_file))
         if len(set(written)) < len(written):
-            raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
+            raise config.error("results.file_name", "two answers would land in one file",
+                               'use "{path}" or "{name}" in it')
         for name in written:
             if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
-                raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
+                raise config.error("results.file_name", f"{name} is outside the results folder",
+                                   'take out "/" and ".."')
     above = folder
     while above and not os.path.exists(above):
         above = os.path.dirname(above)
@@ -3155,8 +3166,8 @@ def journal_line(result):
         response = b'{"status_code": %d, "request_id": "req_%s", "body": %s}' % (result.status, key, result.body)
     else:
         error = json.dumps(result.error).encode()
-    return b'{"id": "batch_req_%s", "custom_id": %s, "response": %s, "error": %s, "llmrun": {"row": %d, "sample": %d, ' \
-           b'"started": %.3f, "time_s": %.4f, "attempts": %d, "replica": %d, "ok": %s}}\n' % (
+    return b'{"id": "batch_req_%s", "custom_id": %s, "response": %s, "error": %s, "llmrun": ' \
+           b'{"row": %d, "sample": %d, "started": %.3f, "time_s": %.4f, "attempts": %d, "replica": %d, "ok": %s}}\n' % (
                key, encode_text(result.prompt.custom_id).encode(), response, error,
                result.prompt.key[1], result.prompt.key[2], result.started, result.time_s, result.attempts,
                result.replica, b"true" if result.ok else b"false")
@@ -3417,7 +3428,8 @@ class Tally:
     def doubt(self):
         """What is suspicious about the answers as a whole, in words for the user."""
         if self.answers and self.empty == self.answers:
-            return f"all {self.answers} answers are empty: is the chat template right, or max_tokens too small to end thinking?"
+            return (f"all {self.answers} answers are empty: is the chat template right, or max_tokens too small "
+                    "to end thinking?")
         if self.answers >= 10 and self.all_same:
             return f"all {self.answers} answers are the same: do the prompts reach the model?"
         if self.answers >= 2 and self.cut * 2 > self.answers:
@@ -3661,8 +3673,9 @@ def find_allocation(environ, nodes_wanted):
         raise UserError("this job", f"has {len(nodes)} nodes and the config wants {nodes_wanted}",
                         "ask for more nodes, or --set slurm.nodes")
     return Allocation(
-        job=int(environ["SLURM_JOB_ID"]), restart=int(environ.get("SLURM_RESTART_COUNT", 0)), nodes=nodes[:nodes_wanted],
-        gpus=gpus_of_nodes(detail), ends_at=end_of_job(environ, detail), in_step="SLURM_STEP_ID" in environ,
+        job=int(environ["SLURM_JOB_ID"]), restart=int(environ.get("SLURM_RESTART_COUNT", 0)),
+        nodes=nodes[:nodes_wanted], gpus=gpus_of_nodes(detail), ends_at=end_of_job(environ, detail),
+        in_step="SLURM_STEP_ID" in environ,
         share=(int(environ.get("SLURM_ARRAY_TASK_ID", 0)), int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))))
 
 
@@ -3739,7 +3752,9 @@ def drive(run, allocation, shape=0):
         tally.done = state.count(Marks.DONE)
         numbers = array.array("Q", (number for number in share_of(range(len(prompts)), *allocation.share)
                                     if state[number] != Marks.DONE))
-        code = asyncio.run(live(run, config, life, allocation, prompts, numbers, journal, tally, tell)) if numbers else DONE
+        code = DONE
+        if numbers:
+            code = asyncio.run(live(run, config, life, allocation, prompts, numbers, journal, tally, tell))
     except UserError as error:
         code, why = error.exit_code, str(error)
     except OSError as error:
@@ -3946,7 +3961,8 @@ def scan_progress(done, total):
 
 def check_replicas(config, nodes):
     if nodes % config.engine.replicas:
-        raise config.error("engine.replicas", f"{nodes} nodes cannot be split into {config.engine.replicas} equal groups",
+        raise config.error("engine.replicas",
+                           f"{nodes} nodes cannot be split into {config.engine.replicas} equal groups",
                            f"set [slurm] nodes to a multiple of {config.engine.replicas}")
 
 
@@ -3991,7 +4007,8 @@ def describe(prepared):
                      f"{show_size(plan.model.size_bytes)}; {show_size(plan.kv_bytes)} more for "
                      f"{config.engine.slots} prompts at a time with {config.engine.context} tokens each")
         if config.engine.context > plan.model.context:
-            lines.append(f"note      the model was trained with {plan.model.context} tokens of context; more is not used")
+            lines.append(f"note      the model was trained with {plan.model.context} tokens of context; "
+                         "more is not used")
     lines.append(f"nodes     {plan.nodes} for up to {config.slurm.time}"
                  + (f" in partition {config.slurm.partition}" if config.slurm.partition else "")
                  + (f", {config.slurm.jobs} jobs" if config.slurm.jobs > 1 else ""))
@@ -4149,8 +4166,8 @@ PHASES = {"start": "starting", "agents_up": "starting the engine", "engine_start
 VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAILED: "failed", WORK_LEFT: "stopped",
             INTERRUPTED: "interrupted"}
 ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out of memory: raise [slurm] mem",
-           "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted", "BOOT_FAIL": "a node failed",
-           "DEADLINE": "its deadline passed"}
+           "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
+           "BOOT_FAIL": "a node failed", "DEADLINE": "its deadline passed"}
 
 
 def state_of(run, jobs, slurm):
@@ -4195,8 +4212,9 @@ def state_before_start(run, job_id, job):
         why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
         return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
     if job.state == "PENDING":
-        start = f"; expected to start {time.strftime('%a %H:%M', time.localtime(int(job.start)))}" if job.start.isdigit() else ""
-        return {"state": "pending", "detail": PENDING_WORDS.get(job.reason, job.reason) + start}
+        expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
+        return {"state": "pending", "detail": PENDING_WORDS.get(job.reason, job.reason)
+                + (f"; expected to start {expected}" if expected else "")}
     return {"state": "starting", "detail": job.nodes}
 
 
@@ -4286,7 +4304,8 @@ def find_run(args):
         return Run(os.path.abspath(wanted))
     runs = all_runs(runs_folder(args))
     if not runs:
-        raise UserError(runs_folder(args), "there are no runs here", "start one with `submit`, or name the folder: --runs")
+        raise UserError(runs_folder(args), "there are no runs here",
+                        "start one with `submit`, or name the folder: --runs")
     if not wanted:
         return runs[-1]
     fitting = [run for run in runs if run.name == wanted or run.config().name == wanted
@@ -4318,7 +4337,8 @@ def command_status(args):
     else:
         say_table(["RUN", "JOB", "STATE", "DONE", "FAILED", "TOK/S", "LEFT", ""], [
             [s["run"], str(s["job"] or "-"), s["state"], f"{s['done']}/{s['total']}", str(s["failed"]),
-             f"{s['tokens_per_s']:.0f}", show_duration(s["left_s"]) if s["left_s"] else "-", s["detail"]] for s in states])
+             f"{s['tokens_per_s']:.0f}", show_duration(s["left_s"]) if s["left_s"] else "-", s["detail"]]
+            for s in states])
     return DONE
 
 
@@ -4329,7 +4349,8 @@ def command_logs(args):
     chosen = [path for path in files if path.is_file() and (args.process or "slurm-") in path.name]
     if args.process and not chosen:
         names = sorted({path.stem for path in files})
-        raise UserError(run.name, f"no log of {args.process}", "there are " + ", ".join(names) if names else "it has none yet")
+        raise UserError(run.name, f"no log of {args.process}",
+                        "there are " + ", ".join(names) if names else "it has none yet")
     if not args.process:
         chosen = chosen[-1:] or [path for path in files if path.is_file()][-1:]
         for path in files:
@@ -4449,7 +4470,8 @@ def command_demo(args):
     say()
     prepared = prepare(folder / "config.json", [])
     if args.submit:
-        code = command_submit(argparse.Namespace(config=folder / "config.json", set=[], dry_run=False, json=False, wait=True))
+        code = command_submit(argparse.Namespace(config=folder / "config.json", set=[], dry_run=False, json=False,
+                                                 wait=True))
     else:
         code = run_here(prepared, quiet=False)
     if code == DONE:
@@ -4477,9 +4499,11 @@ def command_help(args):
 def command_help_table():
     """(name, function, one line of help, arguments) of every command, in the order users meet them."""
     run = [("run", {"nargs": "?", "default": "", "help": "its folder, name or job id; the newest if left out"}),
-           ("--runs", {"default": "", "metavar": "FOLDER", "help": "where the runs lie (default: run_dir of ./config.toml)"})]
+           ("--runs", {"default": "", "metavar": "FOLDER",
+                       "help": "where the runs lie (default: run_dir of ./config.toml)"})]
     config = [("config", {"nargs": "?", "default": "config.toml", "help": "the config file (default: config.toml)"}),
-              ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "override a key: slurm.nodes=3"})]
+              ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
+                         "help": "override a key: slurm.nodes=3"})]
     as_json = [("--json", {"action": "store_true", "help": "print JSON, for programs"})]
     return [
         ("demo", command_demo, "see it work here, without Slurm or a model",
@@ -4502,7 +4526,8 @@ def command_help_table():
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
         ("help", command_help, "more on a topic: config, files, codes, engines",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
-        ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}), config[1]])]
+        ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}),
+                                      config[1]])]
 
 
 class Parser(argparse.ArgumentParser):

@@ -737,8 +737,10 @@ class BothDesk(Desk):
         found = re.search(r"\b%s=(\S*)" % name, self.run("scontrol", "show", "job", "-o", job).stdout)
         return found and found.group(1)
 
-    def living(self, *words):
-        return [node for _, node, argv in self.cluster.processes() if set(words) <= set(argv)]
+    def living(self, program, *words):
+        """The nodes of a program's processes."""
+        return sorted(node for _, node, argv in self.cluster.processes()
+                      if os.path.basename(argv[0]) == program and set(words) <= set(argv))
 
     def again(self):
         """Away with the marks of a first run."""
@@ -937,7 +939,7 @@ def test_both_requeue_tells_the_whole_job_and_waits_for_it(both):
     for name in ("batch", "child", "task0", "task1"):
         desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
     desk.until_state(job, "PENDING")
-    assert not desk.living("reporter.py"), "after KillWait they were killed"
+    assert not desk.living(os.path.basename(sys.executable), "reporter.py"), "after KillWait they were killed"
     assert "STEP %s.0 ON node1 CANCELLED AT" % job in desk.output(job) and "DUE TO JOB REQUEUE ***" in desk.output(job)
 
 
@@ -1185,7 +1187,7 @@ def test_both_steps_of_their_own_outlive_another_node(both):
     desk.lose_node("node2")
     desk.until(lambda: desk.show(job, "%N") == "node[1,3]", "the job to shrink")
     desk.until(lambda: desk.output(job).count("srun: error: Node failure on node2\n") == 2, "both sruns to say so")
-    assert sorted(desk.living("sleep", "1000")) == ["node1", "node1", "node3", "node3"]
+    assert desk.living("sleep", "1000") == ["node1", "node1", "node3", "node3"]
     assert desk.show(job) == "RUNNING" and "all" not in desk.output(job)
     desk.run("scancel", job)
 
@@ -1194,7 +1196,7 @@ def test_both_a_driver_that_is_cut_off_lives_on_beside_its_successor(both):
     desk = both(**LOSSES)
     job = desk.submit("srun -N2 -n2 sleep 1000\necho srun $? >> ends.${SLURM_RESTART_COUNT-0}\n"
                       "touch up.${SLURM_RESTART_COUNT-0}; exec sleep 999\n", "-N2", "--open-mode=append")
-    desk.until(lambda: sorted(desk.living("sleep", "1000")) == ["node1", "node2"], "the step")
+    desk.until(lambda: desk.living("sleep", "1000") == ["node1", "node2"], "the step")
     desk.lose_node("node1", kill=False)
     desk.until(lambda: "Node failure on node1" in desk.output(job), "its srun to say so")
     desk.exists("up.0")

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import REAL, wait_for
+from conftest import wait_for
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -7,7 +7,6 @@ takes when all is done, and whether there is exactly one result for each prompt.
 
 import asyncio
 import json
-import os
 import random
 import resource
 import signal

@@ -7,6 +7,7 @@
 
 Everything of a cluster lies in its folder: slurm.conf, bin/ with the commands, state/ of the controller."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -145,7 +146,7 @@ class FakeCluster:
         """One of commands.py's `fake` actions; returns when it is done."""
         sock = connect(str(self.conf_path))
         frames, code = Frames(), None
-        with sock:
+        with contextlib.closing(sock):
             sock.sendall(pack({"tool": "fake", "argv": list(argv), "environment": {}}))
             while code is None:
                 data = sock.recv(1 << 16)

@@ -805,7 +805,8 @@ def sinfo(controller, client, argv):
         if partition.name not in wanted:
             continue
         nodes = [controller.nodes[name] for name in partition.nodes
-                 if "nodes" not in wishes or name in expand(wishes["nodes"])]
+                 if ("nodes" not in wishes or name in expand(wishes["nodes"]))
+                 and ("states" not in wishes or is_in_state(controller.nodes[name], controller.jobs, wishes["states"]))]
         for group in sinfo_groups(controller, nodes, by_node, pattern):
             values = sinfo_values(controller, partition, group)
             lines.append((group[0].name if by_node else "", fill(pattern, values.get)))
@@ -815,6 +816,13 @@ def sinfo(controller, client, argv):
         rows.sort(key=lambda row: natural(row[0]))
     client.out("".join(line + "\n" for line in header + [row[1] for row in rows]))
     return 0
+
+
+def is_in_state(node, jobs, wanted):
+    """-t drain: drained and draining alike; a short or a whole word."""
+    state = state_word(node, jobs)
+    words = {state.lower(), SHORT_STATES[state], "drain" if node.drained else ""}
+    return bool(words & set(wanted.lower().split(",")))
 
 
 def sinfo_groups(controller, nodes, by_node, pattern):
