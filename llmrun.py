@@ -4031,6 +4031,11 @@ def command_init(args):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
+    written = [str(folder / name) for name in files]
+    if args.json:
+        say_json({"written": written})
+        return DONE
+    for path in written:
         say(f"wrote {path}")
     say("Next: name your model and llama-server in config.toml, then `python llmrun.py check`.")
     return DONE
@@ -4351,6 +4356,9 @@ def command_logs(args):
         names = sorted({path.stem for path in files})
         raise UserError(run.name, f"no log of {args.process}",
                         "there are " + ", ".join(names) if names else "it has none yet")
+    if args.json:
+        say_json([str(path) for path in (chosen if args.process else files)])
+        return DONE
     if not args.process:
         chosen = chosen[-1:] or [path for path in files if path.is_file()][-1:]
         for path in files:
@@ -4376,18 +4384,18 @@ def show_log(path, keep_on, run):
 def command_cancel(args):
     run, slurm = find_run(args), query_slurm()
     jobs = slurm.jobs(run.submitted()) if slurm else {}
-    live_jobs = [job for job, row in jobs.items() if row.state not in ENDED_STATES]
-    for job in live_jobs:
+    cancelled = [job for job, row in jobs.items() if row.state not in ENDED_STATES]
+    for job in cancelled:
         slurm.cancel(job)
-        say(f"cancelled job {job}")
-    starts = [run.events(life)[0] for life in run.lives()[-1:] if run.events(life)]
-    for start in starts:
-        if not start["job"] and is_alive(start, None):
-            os.kill(start["pid"], signal.SIGTERM)
-            say(f"stopped the driver of {run.name}")
-            return DONE
-    if not live_jobs:
-        say(f"{run.name} is not running")
+    starts = [run.events(life)[:1] for life in run.lives()[-1:]]
+    stopped = [start["pid"] for life in starts for start in life if not start["job"] and is_alive(start, None)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGTERM)
+    if args.json:
+        say_json({"run": run.name, "cancelled": cancelled, "stopped": stopped})
+    else:
+        said = [f"cancelled job {job}" for job in cancelled] + [f"stopped the driver of {run.name}"] * bool(stopped)
+        say("\n".join(said) or f"{run.name} is not running")
     return DONE
 
 
@@ -4509,17 +4517,17 @@ def command_help_table():
         ("demo", command_demo, "see it work here, without Slurm or a model",
          [("--submit", {"action": "store_true", "help": "through sbatch instead of here"})]),
         ("init", command_init, "write config.toml and example prompts",
-         [("folder", {"nargs": "?", "default": ".", "help": "where (default: here)"})]),
+         [("folder", {"nargs": "?", "default": ".", "help": "where (default: here)"})] + as_json),
         ("check", command_check, "validate and plan; show what would run; change nothing", config + as_json),
         ("submit", command_submit, "submit a run to Slurm", config + as_json + [
             ("--dry-run", {"action": "store_true", "help": "print the batch script and stop"}),
             ("--wait", {"action": "store_true", "help": "follow the run; exit with its code"})]),
         ("run", command_run, "run here: this machine, or the allocation this shell is in", config + as_json),
         ("status", command_status, "how runs stand: all, or one", run + as_json),
-        ("logs", command_logs, "a run's logs", run + [
+        ("logs", command_logs, "a run's logs", run + as_json + [
             ("process", {"nargs": "?", "default": "", "help": "part of a log's name, as in llama-server"}),
             ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"})]),
-        ("cancel", command_cancel, "stop a run; finished prompts are kept", run),
+        ("cancel", command_cancel, "stop a run; finished prompts are kept", run + as_json),
         ("results", command_results, "the answers so far", run + as_json + [
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
             ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"}),
@@ -4627,13 +4635,15 @@ More: `help config`, `help files`, `help codes`, `help engines`; `COMMAND --help
     "files": """\
 A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in there:
 
-  results/           the answers, one file for each prompt; errors.jsonl: the prompts that failed
+  results/           the answers: results.jsonl in input order, errors.jsonl for the prompts that failed;
+                     a text file for each text file, a CSV with answer columns for a CSV
   summary.json       the counts
   logs/              slurm-JOB.out: the driver; JOB.LIFE/NODE-PROCESS.log: everything else
   journal/           every finished prompt, as it came (OpenAI Batch format); `results` reads it
   events/            what happened, one line a change; `status` reads them
   key                the secret that the engine asks for; only you can read it
   endpoint.json      where the model answers, while it does
+  input/             where each prompt stands in your files; they must stay as they are until the end
   shapes/0/          the config as it was understood, and the batch script
   llmrun.py          the program as it was when you submitted
 

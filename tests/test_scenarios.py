@@ -161,6 +161,58 @@ def test_an_array_shares_the_prompts(site):
     assert len(site.journal()) == 10, "no prompt was asked by two tasks"
 
 
+def test_replicas_share_the_prompts_over_their_groups_of_nodes(site):
+    site.slow()
+    site.config(slurm={"nodes": 4}, engine={"replicas": 2})
+    site.llmrun("submit", "config.json", "--wait")
+    assert len(site.results()) == 40
+    starts = [event for event in site.events() if event["event"] == "engine_started"]
+    assert sorted(event["nodes"] for event in starts) == [["node1", "node2"], ["node3", "node4"]]
+    assert {line["llmrun"]["replica"] for line in site.journal()} == {0, 1}
+    assert len(site.journal()) == 40, "no prompt was answered twice"
+
+
+def test_a_batch_file_goes_in_and_comes_out_in_that_format(site):
+    from openai.types.chat import ChatCompletion
+    rows = [{"custom_id": f"request-{n}", "method": "POST", "url": "/v1/chat/completions", "body": {
+        "model": "gpt-4o-mini", "messages": [{"role": "system", "content": "You are a helpful assistant."},
+                                             {"role": "user", "content": f"Hello world {n}!"}], "max_tokens": 10}}
+            for n in range(12)]
+    (site.folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    site.config(prompts={"user": "in.jsonl"})
+    site.llmrun("submit", "config.json", "--wait")
+    lines = [json.loads(line) for line in (site.run / "results" / "results.jsonl").read_text().splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"request-{n}" for n in range(12)]
+    for line in lines:
+        answer = ChatCompletion.model_validate(line["response"]["body"])
+        assert answer.choices[0].message.content and answer.usage.completion_tokens <= 10
+
+
+def test_a_csv_comes_back_with_its_answers(site):
+    (site.folder / "in.csv").write_text("word,language\nsea,German\n\"a, b\",French\n")
+    site.config(prompts={"user": "in.csv", "template": "Say {word} in {language}.", "id_column": "word"},
+                results={"columns": ["answer", "completion_tokens"]})
+    site.llmrun("submit", "config.json", "--wait")
+    text = (site.run / "results" / "in.csv").read_text()
+    assert text.startswith("word,language,answer,completion_tokens\nsea,German,")
+    assert "sea" in site.llmrun("results", "--format", "csv")
+
+
+def test_a_killed_life_is_resumed_and_nothing_is_asked_twice(site):
+    site.slow()
+    waiting = site.start("submit", "config.json", "--wait")
+    wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= 3)
+    os.kill(site.process("drive"), signal.SIGKILL)
+    waiting.communicate(timeout=40)
+    site.assert_nothing_left(10)
+    before = {line["custom_id"] for line in site.journal()}
+    subprocess.run(["sbatch", "--wait", str(site.run / "shapes" / "0" / "job.sh")], env=site.env, timeout=120, check=True,
+                   stdout=subprocess.PIPE)
+    names = [line["custom_id"] for line in site.journal()]
+    assert len(names) == len(set(names)) == 40 and before < set(names)
+    assert len(site.results()) == 40
+
+
 def test_two_submits_in_the_same_second_both_succeed(site):
     both = [site.start("submit", "config.json", "--wait") for _ in range(2)]
     for one in both:

@@ -129,11 +129,14 @@ def drop_waiting(job, word):
 # Showing ---------------------------------------------------------------------------------------
 
 def index_list(job, environment=None):
-    """`2-4%2`"""
-    text = fold_numbers(job.array_waiting)
+    """`2-4%2`; long even steps are written `1-43:2`."""
+    first, last = job.array_waiting[0], job.array_waiting[-1]
+    stride = (job.array_waiting + (last,))[1] - first
+    even = last - first > 10 and stride > 1 and job.array_waiting == tuple(range(first, last + 1, stride))
+    text = "%d-%d:%d" % (first, last, stride) if even else fold_numbers(job.array_waiting)
     size = (environment or {}).get("SLURM_BITSTR_LEN", "")
     longest = int(size) if size.isdigit() else LONGEST_LIST
-    if longest and len(text) >= longest:
+    if longest and len(text) > longest - 3:
         text = text[:longest - 4] + "..."
     return text + "%%%d" % job.array.limit * bool(job.array.limit and not job.merged)
 

@@ -16,7 +16,7 @@ DEFAULTS = {
     "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core", "TaskPlugin": "task/none",
     "AccountingStorageType": "accounting_storage/none", "SchedulerType": "sched/backfill",
     "PreemptMode": "OFF", "PreemptType": "preempt/none", "JobRequeue": "1", "JobFileAppend": "0",
-    "SlurmdTimeout": "300", "InactiveLimit": "0", "KillOnBadExit": "0", "WaitTime": "0",
+    "SlurmdTimeout": "300", "MessageTimeout": "10", "InactiveLimit": "0", "KillOnBadExit": "0", "WaitTime": "0",
     "MpiDefault": "none", "AuthInfo": "", "PreemptParameters": "", "SlurmctldParameters": "", "SrunPortRange": "", "LaunchParameters": "",
     "FakeVersion": "22.05.8", "FakeTick": "30", "FakeTaskProlog": "",
     "FakeRequeueDelay": "",

@@ -97,7 +97,7 @@ class Controller:
 
     def add(self, job):
         self.jobs[job.id] = job
-        job.held = job.request.hold
+        job.held = "JobHeldUser" if job.request.hold else ""
         job.comment = job.request.comment
         job.begin = job.request.begin
         job.eligible = None if job.held else max(job.submitted, job.begin or 0)
@@ -143,7 +143,7 @@ class Controller:
         """Why a job is not even looked at, or None."""
         now = time.time()
         if job.held:
-            return "JobHeldUser"
+            return job.held
         verdict = judge_dependency(job, self.jobs)
         if verdict != "met":
             return self.unmet(job, verdict)
@@ -218,8 +218,9 @@ class Controller:
             self.finish(job)
             return
         job.completing = True
-        self.announce(job, NOTICES[state])
-        self.soon(self.ask_to_leave(job, twice=state in ("TIMEOUT", "PREEMPTED"), stopped=before == "SUSPENDED"))
+        if before != "SUSPENDED":           # who stands still hears nothing until he is killed
+            self.announce(job, NOTICES[state])
+            self.soon(self.ask_to_leave(job, twice=state in ("TIMEOUT", "PREEMPTED")))
         self.kill_later(job)
         self.settle(job)
 
@@ -252,18 +253,16 @@ class Controller:
         job.allocated.clear()
         self.wait_for_begin(job)
 
-    async def ask_to_leave(self, job, twice, stopped=False):
+    async def ask_to_leave(self, job, twice):
         """The steps first: under linuxproc the TERM that follows reaches the sruns of the script too,
         and an srun that gets it kills its tasks at once."""
+        steps, batch = list(job.steps.values()), [job.batch] if job.batch else []
         if job.again:
             await asyncio.sleep(REQUEUE_HEAD_START_S)
-        if stopped:
-            await self.signal_steps(job.all_steps(), signal.SIGCONT)
         early = [signal.SIGTERM] if twice else []
-        await self.signal_steps(job.steps.values(), *early, signal.SIGCONT, signal.SIGTERM)
-        if job.batch:
-            await asyncio.sleep(SIGNAL_GAP_S)
-            await self.signal_steps([job.batch], signal.SIGCONT, signal.SIGTERM)
+        await self.signal_steps(steps, *early, signal.SIGCONT, signal.SIGTERM)
+        await asyncio.sleep(SIGNAL_GAP_S)
+        await self.signal_steps(batch, signal.SIGCONT, signal.SIGTERM)
 
     def announce(self, job, notice):
         moment = time.strftime("%Y-%m-%dT%H:%M:%S")

@@ -6,13 +6,15 @@ pipes and files, but hear no signal of Slurm's and nobody hears of their end."""
 import signal
 import time
 
-from .processes import CLUSTER_MARK, NODE_MARK, STEP_MARK, mark_values, send, with_marks
+from .processes import CLUSTER_MARK, NODE_MARK, STEP_MARK, descendants, mark_values, send, start_time, with_marks
 
 SILENT_PART = 0.5       # of SlurmdTimeout, after which sinfo marks a silent node with *
 
 
 def processes_on(controller, name):
-    return with_marks(**{CLUSTER_MARK: controller.folder, NODE_MARK: name})
+    """By their marks, and what is below them without any."""
+    marked = with_marks(**{CLUSTER_MARK: controller.folder, NODE_MARK: name})
+    return sorted(set(marked + [pid for pid in descendants(marked) if start_time(pid)]))
 
 
 def lose(controller, name, kill):
@@ -37,7 +39,8 @@ def give_back(controller, name):
         if not task.given_up:
             ended(task, status)
     rightful = {step.mark for job in controller.jobs.values() for step in job.all_steps() if name in step.shares}
-    send([pid for pid in processes_on(controller, name) if mark_values(pid).get(STEP_MARK) not in rightful], signal.SIGKILL)
+    strays = [pid for pid in processes_on(controller, name) if mark_values(pid).get(STEP_MARK, "") not in {"", *rightful}]
+    send(strays + descendants(strays), signal.SIGKILL)
     controller.schedule()
 
 

@@ -191,7 +191,7 @@ class Job:
     next_step: int = 0
     client: object = None                 # the salloc or srun that holds it
     comment: str = ""
-    held: bool = False
+    held: str = ""                        # by whom, as its reason says
     warned: bool = False
     priority: int = 0
     failed_dependency: bool = False

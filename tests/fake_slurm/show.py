@@ -310,7 +310,7 @@ def scontrol(controller, client, argv):
     see = Look(controller, client)
     see.one_line = bool(flags & {"-o", "--oneliner"})
     see.details = bool(flags & {"-d", "--details", "-dd"})
-    verb = words[0].lower() if words else ""
+    verb = see.verb = words[0].lower() if words else ""
     actions = {"show": scontrol_show, "update": scontrol_update, "hold": scontrol_hold, "uhold": scontrol_hold,
                "release": scontrol_release, "requeue": scontrol_requeue, "suspend": scontrol_suspend, "resume": scontrol_resume,
                "ping": scontrol_ping, "listpids": scontrol_listpids}
@@ -563,10 +563,12 @@ def show_node(controller, client, words, see):
             "RealMemory=%d AllocMem=%d FreeMem=%d Sockets=%d Boards=1" % (
                 node.conf.memory, node.conf.memory - node.free_memory, node.conf.memory // 2, node.conf.cpus),
             "State=%s ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A" % (
-                node_state(node, controller.jobs).replace("DRAINED", "IDLE+DRAIN").replace("DRAINING", "MIXED+DRAIN")),
+                state_word(node, controller.jobs).replace("DRAINED", "IDLE+DRAIN").replace("DRAINING", "MIXED+DRAIN")
+                + "+NOT_RESPONDING" * node.silent),
             "Partitions=%s " % ",".join(partitions),
             "CfgTRES=cpu=%d,mem=%s,billing=%d" % (node.conf.cpus, print_megabytes(node.conf.memory), node.conf.cpus),
-            "AllocTRES=%s" % ("cpu=%d" % (node.conf.cpus - node.free_cpus) if node.holders else "")], see))
+            "AllocTRES=%s" % ("cpu=%d" % (node.conf.cpus - node.free_cpus) if node.holders else ""),
+            *(["Reason=%s" % node.reason] if node.reason else [])], see))
 
 
 def show_config(controller, client, words, see):
@@ -671,10 +673,11 @@ def update_node(controller, name, wishes):
         if not node:
             raise Refusal(1, "slurm_update error: Invalid node name specified")
         if state not in ("DRAIN", "DOWN", "RESUME", "IDLE", "UNDRAIN"):
-            raise Refusal(1, "Invalid input: %s" % state)
+            raise Refusal(1, "Invalid input: State=%s" % state, "Request aborted",
+                          "Valid states are: NoResp DRAIN FAIL FUTURE RESUME POWER_DOWN POWER_UP UNDRAIN",
+                          "Not all states are valid given a node's prior state")
         if state in ("DRAIN", "DOWN") and "reason" not in wishes:
-            raise Refusal(1, "You must specify a reason when DOWNING a node" if state == "DOWN"
-                          else "You must specify a reason when DRAINING a node")
+            raise Refusal(1, "You must specify a reason when DOWNING or DRAINING a node. Request denied")
         if state == "DOWN":
             take_down(controller, node, wishes["reason"])
             continue
@@ -686,12 +689,13 @@ def update_node(controller, name, wishes):
 def scontrol_hold(controller, client, words, see):
     for job in [job for word in words for job in own_jobs(controller, client, word)]:
         if job.state == "PENDING":
-            job.held, job.priority, job.reason = True, 0, "JobHeldUser"
+            job.held = "JobHeldUser" if client.request["uid"] or see.verb == "uhold" else "JobHeldAdmin"
+            job.priority, job.reason = 0, job.held
 
 
 def scontrol_release(controller, client, words, see):
     for job in [job for word in words for job in own_jobs(controller, client, word)]:
-        job.held, job.priority, job.reason = False, 4294901760 - job.id, "None"
+        job.held, job.priority, job.reason = "", 4294901760 - job.id, "None"
         job.eligible = max(time.time(), job.begin or 0)
         controller.schedule()
 

@@ -22,6 +22,7 @@ DEATHS = {1: "Hangup", 2: "Interrupt", 3: "Quit", 4: "Illegal instruction", 6: "
           12: "User defined signal 2", 13: "Broken pipe", 14: "Alarm clock", 15: "Terminated"}
 KILLS_AT_ONCE = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 LARGEST_LINE = 1 << 16
+NO_ANSWER, LAUNCH_FAILED = "Communication connection failure", 233
 
 
 def unable(job, words):
@@ -214,6 +215,9 @@ class Running:
         values.update(self.terminal_variables(), **marks(self.controller.folder, self.step.mark, task.node))
         if "gpus-per-task" in self.options and "SLURM_GPUS_PER_NODE" not in environment:
             self.narrow_gpus(task, values)
+        if task.node in self.controller.tracking.lost:
+            self.controller.loop.call_later(self.controller.conf.number("MessageTimeout"), self.launch_failed, task)
+            return
         ours, theirs = self.pipes(task)
         prolog = self.controller.conf.values["FakeTaskProlog"]
         if prolog:
@@ -228,6 +232,17 @@ class Running:
         for descriptor in set(theirs):
             os.close(descriptor)
         self.connect(task, *ours)
+
+    def launch_failed(self, task):
+        """Its node does not answer; what runs on the others is ended."""
+        if task.status is not None:
+            return
+        self.client.err("srun: error: Task launch for StepId=%s failed on node %s: %s" % (self.step.label, task.node, NO_ANSWER),
+                        "srun: error: Application launch failed: " + NO_ANSWER, "srun: Job step aborted")
+        self.said_abort = True
+        task.status = LAUNCH_FAILED << 8
+        self.kill()
+        self.changed.set()
 
     def terminal_variables(self):
         return {"SLURM_PTY_PORT": "40002"} if "pty" in self.options else {}
