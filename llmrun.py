@@ -3818,7 +3818,7 @@ async def live(run, config, life, allocation, prompts, numbers, journal, tally, 
         if await orders.meant_to_end():
             return orders.exit_code or WORK_LEFT
         raise
-    if pump.draining and not pump.exhausted:
+    if tally.answers + tally.failed < len(numbers):
         return WORK_LEFT
     return SOME_FAILED if tally.failed else DONE
 

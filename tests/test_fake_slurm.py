@@ -104,7 +104,7 @@ def desk_of(tmp_path):
     clusters = []
 
     def make(**settings):
-        cluster = FakeCluster(tmp_path / "cluster", **{"FakeTick": 0.2, "KillWait": 1, **settings})
+        cluster = FakeCluster(tmp_path / "cluster", **{"FakeTick": 0.2, "KillWait": 1, "FakeSignalGap": 0.05, **settings})
         clusters.append(cluster)
         (tmp_path / "home").mkdir()
         return Desk(cluster.start(), tmp_path / "home")
@@ -760,7 +760,7 @@ def both(tmp_path):
             cluster = RealCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **{**settings, **dict(real)})
         else:
             cluster = FakeCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **{
-                "FakeTick": 0.2, "FakeRequeueDelay": 0.5, "proctrack": "linuxproc", **settings, **dict(fake)})
+                "FakeTick": 0.2, "FakeRequeueDelay": 0.5, "FakeSignalGap": 0.05, "proctrack": "linuxproc", **settings, **dict(fake)})
         desk = BothDesk(cluster, tmp_path / "home")
         desk.returned = []
         desks.append(desk)

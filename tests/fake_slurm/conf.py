@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from .formats import UNLIMITED, compare_version, expand, parse_time
 
 # What a key means when the file does not name it. Fake* keys exist only here:
-# FakeVersion is the release to behave like, FakeTick the controller's slow cycle (30 s in Slurm),
-# FakeTaskProlog a line that every task prints first, as a site's TaskProlog does, FakeRequeueDelay how many
-# seconds a requeued job waits (cred_expire of AuthInfo and one more in Slurm). Only here as well:
-# `scontrol update job ID FakeEnd=SECONDS` moves a time limit, whose least is a minute in Slurm.
+#   FakeVersion       the release to behave like
+#   FakeTick          the controller's slow cycle (30 s in Slurm)
+#   FakeTaskProlog    a line that every task prints first, as a site's TaskProlog does
+#   FakeRequeueDelay  seconds that a requeued job waits (in Slurm cred_expire of AuthInfo and one more)
+#   FakeSignalGap     seconds between CONT and TERM; where they are as few as Slurm's, a process on a busy machine
+#                     finds both at once, and then in the order of their numbers
+# Only here as well: `scontrol update job ID FakeEnd=SECONDS` moves a time limit, whose least is a minute in Slurm.
 DEFAULTS = {
     "ClusterName": "fake", "KillWait": "30", "MinJobAge": "300", "EioTimeout": "60",
     "EnforcePartLimits": "NO", "ProctrackType": "proctrack/cgroup", "MaxArraySize": "1001",
@@ -17,9 +20,10 @@ DEFAULTS = {
     "AccountingStorageType": "accounting_storage/none", "SchedulerType": "sched/backfill",
     "PreemptMode": "OFF", "PreemptType": "preempt/none", "JobRequeue": "1", "JobFileAppend": "0",
     "SlurmdTimeout": "300", "MessageTimeout": "10", "InactiveLimit": "0", "KillOnBadExit": "0", "WaitTime": "0",
-    "MpiDefault": "none", "AuthInfo": "", "PreemptParameters": "", "SlurmctldParameters": "", "SrunPortRange": "", "LaunchParameters": "",
+    "MpiDefault": "none", "AuthInfo": "", "PreemptParameters": "", "SlurmctldParameters": "",
+    "SrunPortRange": "", "LaunchParameters": "",
     "FakeVersion": "22.05.8", "FakeTick": "30", "FakeTaskProlog": "",
-    "FakeRequeueDelay": "",
+    "FakeRequeueDelay": "", "FakeSignalGap": "0.004",
 }
 
 

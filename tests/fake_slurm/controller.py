@@ -22,7 +22,6 @@ from .processes import CLUSTER_MARK, Tracking, adopt_orphans, descendants, marks
 from .request import partition_reason, place
 from .wire import SOCKET, Frames, pack, socket_address
 
-SIGNAL_GAP_S = 0.004        # between CONT and TERM; Slurm's are milliseconds apart, in this order
 REQUEUE_HEAD_START_S = 0.004    # who requeues itself hears of it 2-5 ms after scontrol said yes
 STOP_AFTER_S = 2                # scontrol suspend: TSTP, then STOP
 NOTICES = {"CANCELLED": "", "TIMEOUT": " DUE TO TIME LIMIT", "PREEMPTED": " DUE TO PREEMPTION",
@@ -261,7 +260,7 @@ class Controller:
             await asyncio.sleep(REQUEUE_HEAD_START_S)
         early = [signal.SIGTERM] if twice else []
         await self.signal_steps(steps, *early, signal.SIGCONT, signal.SIGTERM)
-        await asyncio.sleep(SIGNAL_GAP_S)
+        await asyncio.sleep(self.conf.number("FakeSignalGap"))
         await self.signal_steps(batch, signal.SIGCONT, signal.SIGTERM)
 
     def announce(self, job, notice):
@@ -295,7 +294,7 @@ class Controller:
         steps = list(steps)
         for position, number in enumerate(numbers):
             if position:
-                await asyncio.sleep(SIGNAL_GAP_S)
+                await asyncio.sleep(self.conf.number("FakeSignalGap"))
             for step in steps:
                 if direct:
                     send([task.pid for task in step.tasks if task.alive], number)
