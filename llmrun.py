@@ -4179,12 +4179,18 @@ def state_of(run, jobs, slurm):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
     lives, submitted = run.lives(), run.submitted()
     state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
-             "detail": "", "done": 0, "failed": 0, "total": total_of(run),
+             "detail": "", "done": 0, "failed": 0, "answered": 0, "total": total_of(run),
              "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": []}
-    job = jobs.get(state["job"])
     if not lives:
-        return dict(state, **state_before_start(run, state["job"], job))
-    events = run.events(lives[-1])
+        return dict(state, **state_before_start(run, state["job"], jobs.get(state["job"])))
+    count = run.config().slurm.jobs
+    if count == 1:
+        return state_of_life(run, lives[-1], dict(state), jobs, slurm)
+    return state_of_array([state_of_life(run, life, dict(state), jobs, slurm) for life in lives], count, state["job"])
+
+
+def state_of_life(run, life, state, jobs, slurm):
+    events = run.events(life)
     for event in events:
         name = event["event"]
         if name == "start":
@@ -4192,7 +4198,8 @@ def state_of(run, jobs, slurm):
         if name == "progress":
             rate = event["tokens"] / event["working_s"] if event["working_s"] else 0
             per_prompt = event["working_s"] / max(1, event["answers"])
-            state.update(done=event["done"], failed=event["failed"], tokens_per_s=round(rate, 1),
+            state.update(done=event["done"], failed=event["failed"], answered=event["answers"] - event["failed"],
+                         tokens_per_s=round(rate, 1),
                          left_s=round(per_prompt * (event["total"] - event["done"] - event["failed"])))
         if name in PHASES:
             state.update(state=PHASES[name], detail=event.get("why", ""))
@@ -4201,7 +4208,22 @@ def state_of(run, jobs, slurm):
         if name == "end":
             return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"], left_s=0,
                         exit_code=event["code"], done=event["done"], failed=event["failed"])
+    job = jobs.get(life.job)
     return state if is_alive(events[0], job) else dict(state, **how_it_died(run, events[0], job, slurm))
+
+
+def state_of_array(states, count, job):
+    """The lives of an array's jobs as one: running while one runs, as good as the worst of them."""
+    latest = {state["job"]: state for state in states}.values()
+    going = [state for state in latest if state["exit_code"] is None]
+    ended = not going and len(latest) == count
+    shown = going[0] if going else max(latest, key=lambda state: state["exit_code"])
+    return dict(shown, job=job, nodes=[node for state in going for node in state["nodes"]],
+                state=shown["state"] if going or ended else "pending",
+                done=sum(state["answered"] for state in states), failed=sum(state["failed"] for state in latest),
+                tokens_per_s=sum(state["tokens_per_s"] for state in going),
+                left_s=max((state["left_s"] or 0 for state in going), default=None),
+                exit_code=shown["exit_code"] if ended else None)
 
 
 def total_of(run):

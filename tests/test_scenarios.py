@@ -154,8 +154,9 @@ def test_a_rendered_script_can_be_submitted_by_hand(site):
 def test_an_array_shares_the_prompts(site):
     site.write_prompts(10)
     site.config(slurm={"jobs": 3})
-    site.llmrun("submit", "config.json")
-    wait_for("all three tasks to end", lambda: sum(e["event"] == "end" for e in site.events()) == 3, 60)
+    site.llmrun("submit", "config.json", "--wait")
+    assert sum(event["event"] == "end" for event in site.events()) == 3, "--wait waits for the last task"
+    assert site.status()["done"] == 10
     site.llmrun("results")
     assert len(site.results()) == 10
     assert len(site.journal()) == 10, "no prompt was asked by two tasks"
