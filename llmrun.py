@@ -2056,7 +2056,7 @@ class Agent:
         pattern, at = process.progress and re.compile(process.progress), 0
         with open(process.log, "rb") as lines:
             while pattern and not done.done():
-                await asyncio.wait([done], timeout=0.1)
+                await asyncio.wait([done], timeout=0.3)
                 lines.seek(at)
                 new = lines.read(65536)
                 whole = new[:new.rfind(b"\n") + 1]
@@ -4179,11 +4179,11 @@ def state_of(run, jobs, slurm):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
     lives, submitted = run.lives(), run.submitted()
     state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
-             "detail": "", "done": 0, "failed": 0, "answered": 0, "total": total_of(run),
+             "detail": "", "done": 0, "failed": 0, "answered": 0, "total": shape_of(run.folder)[0],
              "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": []}
     if not lives:
         return dict(state, **state_before_start(run, state["job"], jobs.get(state["job"])))
-    count = run.config().slurm.jobs
+    count = shape_of(run.folder)[1]
     if count == 1:
         return state_of_life(run, lives[-1], dict(state), jobs, slurm)
     return state_of_array([state_of_life(run, life, dict(state), jobs, slurm) for life in lives], count, state["job"])
@@ -4226,9 +4226,12 @@ def state_of_array(states, count, job):
                 exit_code=shown["exit_code"] if ended else None)
 
 
-def total_of(run):
-    frozen = json.loads(run.input_file("input.json").read_text())
-    return sum(Source(*source).rows for source in frozen["sources"]) * run.config().prompts.samples
+@functools.lru_cache(maxsize=None)
+def shape_of(folder):
+    """(prompts, jobs) of a run: frozen, so read once."""
+    run = Run(folder)
+    frozen, config = json.loads(run.input_file("input.json").read_text()), run.config()
+    return sum(Source(*source).rows for source in frozen["sources"]) * config.prompts.samples, config.slurm.jobs
 
 
 def state_before_start(run, job_id, job):
@@ -4288,7 +4291,16 @@ def follow(run, slurm, child=None, quiet=False):
             if not quiet:
                 say("\n" * on_terminal() + verdict(run, state))
             return state["exit_code"]
-        time.sleep(0.1 if child else 0.3)
+        pause(child, 0.1 if state["state"] in ("starting", "starting the engine") else 0.5)
+
+
+def pause(child, time_s):
+    """Rest, but not beyond the end of a child. Looking often would take the engine's own cores from it."""
+    if not child:
+        time.sleep(time_s)
+        return
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(time_s)
 
 
 def state_line(state):
