@@ -65,6 +65,7 @@ import json
 import math
 import mmap
 import os
+import random
 import re
 import secrets
 import shlex
@@ -76,6 +77,7 @@ import subprocess
 import tempfile
 import textwrap
 import time
+import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -362,12 +364,32 @@ def list_of(kind):
 def texts_by_name(value, base):
     if not isinstance(value, dict) or not all(isinstance(v, (str, int, float)) for v in value.values()):
         raise ValueError("write a table of names and values")
+    if any("\n" in str(v) for v in value.values()):
+        raise ValueError("write each value on one line")
+    return value
+
+
+def variables_by_name(value, base):
+    for name in texts_by_name(value, base):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{name} is no name of an environment variable")
+    return value
+
+
+def port_range(value, base):
+    value = one_line_text(value, base)
+    if value and not re.fullmatch(r"\d{1,5}(-\d{1,5})?", value):
+        raise ValueError('write the first and the last, as in "20000-20100"')
     return value
 
 
 def any_table(value, base):
     if not isinstance(value, dict):
         raise ValueError("write a table of names and values")
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ValueError("put dates and times in quotes")
     return value
 
 
@@ -388,8 +410,10 @@ TEXTS = Kind("a table of texts", texts_by_name)
 TABLE = Kind("a table", any_table)
 SIZE = from_words("a size", parse_size)
 DURATION = from_words("a duration", parse_duration)
-AMOUNT = from_words("a number or text", str)
+AMOUNT = from_words("a number or text", lambda value: one_line_text(str(value), None))
 PORT = number_between(0, 65535)
+PORTS = Kind("a range of ports", port_range)
+NODE_TEXTS = Kind("a table of variables", variables_by_name)
 
 
 ANSWER_COLUMNS = ("answer", "reasoning", "finish_reason", "prompt_tokens", "completion_tokens", "error")
@@ -441,7 +465,7 @@ class EnvironmentConfig:
     conda: str = key("", NODE_TEXT, "A conda environment to activate, by name or folder.")
     venv: str = key("", PATH, "A Python virtual environment to activate; its Python also runs llmrun.")
     setup: List[str] = key([], list_of(NODE_TEXT), "Shell lines to run after that.")
-    vars: Dict[str, Any] = key({}, TEXTS, "Environment variables to set; $NAMES in them mean the node's.")
+    vars: Dict[str, Any] = key({}, NODE_TEXTS, "Environment variables to set; $NAMES in them mean the node's.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -449,7 +473,7 @@ class NetworkConfig:
     """How the nodes talk to each other. Usually nothing needs to be said."""
 
     interface: str = key("", TEXT, "The network interface to use between nodes, as in \"ib0\".")
-    ports: str = key("", TEXT, "The range that ports are taken from, as in \"20000-20100\"; by default any free one.")
+    ports: str = key("", PORTS, "The range that ports are taken from, as in \"20000-20100\"; by default any free one.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1142,7 +1166,7 @@ class Slurm:
         answer = self.call("sbatch", *options, str(script), environ=submit_environment(os.environ))
         if answer.returncode:
             raise refusal(config, answer.stderr)
-        return answer.stdout.strip().split(";")[0] or answer.stderr.strip()
+        return answer.stdout.strip() or answer.stderr.strip()
 
     def jobs(self, ids):
         """What Slurm still knows of these jobs, by id; it forgets a job minutes after its end."""
@@ -1290,12 +1314,12 @@ class Run:
         """All lives so far, in the order in which they began to write."""
         found = [(Life.of_file(path), path) for path in (self.folder / "events").glob("*.jsonl")]
         starts = [(next(read_json_lines(path), {}).get("time", math.inf), life) for life, path in found if life]
-        return [life for _, life in sorted(starts)]
+        return [life for begun, life in sorted(starts) if begun != math.inf]  # one without a first event has not begun
 
     def events(self, life):
         """The first event of a life and its latest; a long life has more between them than anyone asks for."""
-        lines = read_lines(self.events_file(life))
-        return [json.loads(line) for line in lines[:1] + lines[1:][-400:]]
+        lines = list(read_json_lines(self.events_file(life)))
+        return lines[:1] + lines[1:][-400:]
 
     def events_file(self, life):
         return self.folder / "events" / f"{life}.jsonl"
@@ -1331,12 +1355,14 @@ def create_run(config, prompts, make_script):
             (folder / sub).mkdir(parents=True)
         write_file(run.script, Path(__file__).read_bytes())
         write_file(run.key_file, secrets.token_urlsafe(32) + "\n", 0o600)
-        write_file(run.config_file(), json.dumps(dataclasses.asdict(config), indent=1))
         prompts.keep(run)
         write_file(run.job_script(), make_script(run), 0o755)
-    except OSError as error:
+        write_file(run.config_file(), json.dumps(dataclasses.asdict(config), indent=1))  # the last: it makes it a run
+    except BaseException as error:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         mend = {errno.ENOSPC: "free some space", errno.EDQUOT: "your quota is full: free some space"}
         raise config.error("run_dir", f"cannot make the run's folder: {os_reason(error)}",
                            mend.get(error.errno, "name a folder that you may write to and the nodes can see"))
@@ -1420,7 +1446,7 @@ done
 # ── 3 · container ──────────────────────────────────────────────────────────────
 # none: the engine runs as it is installed on the nodes
 # ── 4 · run ────────────────────────────────────────────────────────────────────
-exec "$python" -E {command}
+exec "$python" -I {command}
 """
 
 
@@ -1455,7 +1481,8 @@ def sbatch_lines(config, nodes, output):
         ("reservation", slurm.reservation), ("array", f"0-{slurm.jobs - 1}" if slurm.jobs > 1 else ""),
         ("output", output), ("open-mode", "append"), ("signal", f"B:USR1@{warn_s}"), ("propagate", "NONE")]
     given = [f"#SBATCH {line}" for line in slurm.directives]
-    given += [f"#SBATCH --{name}={quote(str(value))}" for name, value in slurm.extra.items()]
+    given += [f"#SBATCH --{name}" + ("" if value is True else f"={quote(str(value))}")
+              for name, value in slurm.extra.items() if value is not False]
     return given + [f"#SBATCH --{name}={quote(str(value))}" for name, value in options if value != ""] + [
         "#SBATCH --no-kill"]
 
@@ -1806,7 +1833,11 @@ class ServerConnection(asyncio.Protocol):
     async def work(self):
         while self.requests:
             request = self.requests.popleft()
-            self.transport.write(await self.answer(request))
+            try:
+                response = await self.answer(request)
+            except Exception as error:  # one bad request must not end the connection's answers
+                response = http_response(500, {"error": {"message": f"{type(error).__name__}: {error}", "code": 500}})
+            self.transport.write(response)
         self.task = None
 
     def connection_lost(self, error):
@@ -1837,6 +1868,7 @@ async def serve_http(host, port, answer):
 # ═══════════════════════════════════════════════════════════════════════════════
 
 BEAT_S = 2.0  # each side tells the other that it lives
+JOIN_TIMEOUT_S = 120.0  # for an agent to say hello: prologs and file systems can be slow
 SILENT_NODE_S = 30.0  # one stall of a shared file system must not end a long load
 LOST_DRIVER_S = 60.0  # an agent that hears nothing so long stops everything
 TERM_WAIT_S = 3.0  # an agent told to end by Slurm waits so long for the driver's order
@@ -1880,14 +1912,13 @@ def machine_identity():
     return socket.gethostname()
 
 
-def free_port(ports, tried=()):
+def free_port(ports):
     """A listening socket on a port of the range "20000-20100", or on any free one."""
     first, _, last = ports.partition("-")
     wanted = range(int(first), int(last or first) + 1) if ports else [0]
-    for port in wanted:
-        if port not in tried:
-            with contextlib.suppress(OSError):
-                return listen_on(port)
+    for port in random.sample(wanted, len(wanted)):  # two runs on one node should not always try the same
+        with contextlib.suppress(OSError):
+            return listen_on(port)
     raise OSError(errno.EADDRINUSE, f"no free port in {ports}" if len(wanted) > 1 else f"port {ports} is in use")
 
 
@@ -2054,7 +2085,7 @@ class Agent:
     async def watch(self, started, done, process):
         """Tell the lines that matter while it runs, and how it ended."""
         pattern, at = process.progress and re.compile(process.progress), 0
-        with open(process.log, "rb") as lines:
+        with contextlib.suppress(OSError), open(process.log, "rb") as lines:  # a log that cannot be read hides no end
             while pattern and not done.done():
                 await asyncio.wait([done], timeout=0.3)
                 lines.seek(at)
@@ -2080,9 +2111,9 @@ class Agent:
                 return await within(process.grace_s / 2, asyncio.shield(done))
         return await done
 
-    async def order_probe(self, ports, nonce, interface, tried=()):
+    async def order_probe(self, ports, nonce, interface):
         """Hold a port and answer on it with the nonce, until it is released for its process."""
-        listener = free_port(ports, tried)
+        listener = free_port(ports)
 
         async def answer(reader, writer):
             writer.write(nonce.encode())
@@ -2172,7 +2203,6 @@ class Node:
         self.facts, self.lost = loop.create_future(), loop.create_future()
         self.asked, self.exits, self.numbers = {}, {}, itertools.count(1)
         self.last_heard = clock()
-        self.termed_at = None  # when Slurm told this node to end
         self.channel = self.tasks = None
 
     async def open(self):
@@ -2190,7 +2220,7 @@ class Node:
             self.last_heard = clock()
             try:
                 self.take(json.loads(line))
-            except (ValueError, TypeError):  # a site's TaskProlog speaks, say
+            except (ValueError, TypeError, KeyError):  # a site's TaskProlog speaks, say
                 log(f"{self.name}: {line.decode('utf-8', 'replace').strip()}")
         self.lose("its agent ended")
 
@@ -2206,16 +2236,15 @@ class Node:
             ended = self.exits[message["exit"]]
             if not ended.done():
                 ended.set_result(Exit(message["exit"], self.name, message["code"], message["tail"]))
-        elif "hello" in message:
+        elif "hello" in message and not self.facts.done():
             self.facts.set_result(message["hello"])
         elif "term" in message:
-            self.termed_at = self.termed_at or clock()
             self.tell("term", node=self.name)
         elif "line" in message:
             self.tell("engine_says", node=self.name, process=message["name"], line=message["line"])
 
     async def beat(self):
-        while clock() - self.last_heard < SILENT_NODE_S:
+        while clock() - self.last_heard < (SILENT_NODE_S if self.facts.done() else JOIN_TIMEOUT_S):
             self.write({"do": "beat"})
             await asyncio.sleep(BEAT_S)
         self.lose(f"silent for {show_duration(SILENT_NODE_S)}")
@@ -2266,9 +2295,6 @@ class Node:
         self.lose("stopped")
 
 
-JOIN_TIMEOUT_S = 120.0
-
-
 @contextlib.asynccontextmanager
 async def agents(names, command, env, log_of, tell):
     """An agent on each node, as `Node`s; on the way out they end, and all that they started.
@@ -2315,7 +2341,7 @@ async def open_way(target, prober, ports, interface, what):
 
 def agent_command(python, run_folder, node, slurm_job="", gpus="", overlap=False):
     """The argv that starts the agent of a node: through srun, or right here."""
-    agent = [python, "-S", "-E", *frozen_command(run_folder, "agent", node)]
+    agent = [python, "-S", "-I", *frozen_command(run_folder, "agent", node)]
     if not slurm_job:
         return agent
     step = ["srun", "-N1", "-n1", "-w", node, "--ntasks-per-node=1", "--mem=0", "--kill-on-bad-exit=0", "--wait=0",
@@ -2385,7 +2411,7 @@ class Echo(Engine):
 
     def processes(self, group):
         head = group[0]
-        argv = [sys.executable, "-S", "-E", *frozen_command(self.run.folder, "echo", head.address, head.port,
+        argv = [sys.executable, "-S", "-I", *frozen_command(self.run.folder, "echo", head.address, head.port,
                                                             self.run.key_file)] + self.config.engine.args
         return [(head, Process("engine", argv, self.log_of(head.node, "engine")))]
 
@@ -2561,7 +2587,6 @@ class Replica:
         self.number, self.engine, self.nodes, self.tell = number, engine, nodes, tell
         self.running = []  # (node, process, future of its Exit), in the order of their start
         self.client = None
-        self.stopping = False
 
     @property
     def head(self):
@@ -2580,11 +2605,10 @@ class Replica:
                 await self.stop()
 
     async def start_once(self):
-        self.stopping = False
         group = await self.place()
         key = self.engine.run.key_file.read_text().strip()
         *workers, (head, server) = self.engine.processes(group)
-        await asyncio.gather(*(self.start_worker(placed, process) for placed, process in workers))
+        await first_failure(*(self.start_worker(placed, process) for placed, process in workers))
         await self.start_process(head.node, server)
         self.tell("engine_started", replica=self.number, nodes=[node.name for node in self.nodes],
                   command=" ".join(map(quote, server.argv)))
@@ -2658,7 +2682,6 @@ class Replica:
 
     async def stop(self):
         """Stop its processes, the last started first: clients leave before their server is told to."""
-        self.stopping = True
         if self.client:
             self.client.close()
         while self.running:
@@ -2747,7 +2770,8 @@ class Asking:
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
-        custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"row-{number + 1}"
+        stem = Path(source.path).stem if source.path != "-" else "row"
+        custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"{stem}-{number + 1}"
         text = fill(self.template, record)
         if not text.strip():
             raise BadRow("the row gives an empty prompt; fill its columns or remove it")
@@ -2916,16 +2940,17 @@ class Input:
         return Prompt(key, custom_id, url, json.dumps(body, ensure_ascii=False).encode())
 
     @classmethod
-    def load(cls, run, config, model):
-        """What `freeze` kept, after a look at whether the files are still the same."""
+    def load(cls, run, config, model, check=True):
+        """What `freeze` kept; `check` looks whether the files are still the same."""
         frozen = json.loads(run.input_file("input.json").read_text())
         sources = [Source(*source) for source in frozen["sources"]]
-        for source in sources:
+        for source in sources if check else ():
             check_unchanged(source)
         indexes = []
         for number in range(len(sources)):
             with open(run.input_file(f"{number}.index"), "rb") as file:
-                indexes.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                empty = not os.fstat(file.fileno()).st_size
+                indexes.append(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         asking = Asking(config, model, frozen["system"], frozen["template"])
         return cls(sources, indexes, asking, config.prompts.samples)
 
@@ -2972,6 +2997,9 @@ class Frozen(NamedTuple):
             sources.append(source)
         write_file(run.input_file("input.json"), json.dumps(
             {"sources": sources, "system": self.system, "template": self.template, "skipped": self.skipped}))
+
+
+csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
 
 
 def freeze(config, model, tell=lambda done, total: None):
@@ -3055,10 +3083,13 @@ def scan_source(source, asking, skipped, hashes, tell):
             if source.kind == "csv":
                 header = next(rows, (1, 0, b""))[2].decode().lstrip("\ufeff")
                 source = source._replace(columns=next(csv.reader([header]), []))
+                if len(set(source.columns)) < len(source.columns):
+                    raise UserError(f"{source.path}:1", "two columns have the same name", "give each its own")
             for line, offset, data in rows:
                 try:
                     record = read_record(source.kind, source.columns, data)
                     custom_id, _, body = asking.of_record(source, record, len(index) // 2)
+                    check_body(body)
                     splices.add(asking.splice(data, record, body))
                 except BadRow as bad:
                     skip_or_fail(asking, f"{source.path}:{line}", bad, skipped)
@@ -3077,6 +3108,16 @@ def scan_source(source, asking, skipped, hashes, tell):
     splice = splices.pop() if len(splices) == 1 else ""
     return source._replace(rows=len(index) // 2, splice=splice, size=found.st_size, mtime_ns=found.st_mtime_ns,
                            digest=scanner.hash.hexdigest()), index
+
+
+def check_body(body):
+    """Refuse what could not be sent when its turn comes."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise BadRow("it holds half of a character (a lone surrogate); write the whole character")
+    if not isinstance(body.get("seed") or 0, int):
+        raise BadRow("its seed is no whole number; write a number")
 
 
 def skip_or_fail(asking, where, bad, skipped):
@@ -3121,16 +3162,24 @@ def result_names(config, records):
 
 
 def check_result_names(config, frozen):
+    """No answer may land on another, outside the results, or on a prompt."""
     folder = config.results.folder
-    for source in (source for source in frozen.sources if source.kind == "folder"):
-        written = result_names(config, read_json_lines(source.row_file))
-        if len(set(written)) < len(written):
-            raise config.error("results.file_name", "two answers would land in one file",
-                               'use "{path}" or "{name}" in it')
-        for name in written:
-            if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
-                raise config.error("results.file_name", f"{name} is outside the results folder",
-                                   'take out "/" and ".."')
+    written, inputs = ["results.jsonl", "errors.jsonl"], set()
+    for source in frozen.sources:
+        if source.kind == "folder":
+            records = list(read_json_lines(source.row_file))
+            written += result_names(config, records)
+            inputs.update(os.path.realpath(os.path.join(source.path, record["path"])) for record in records)
+        elif source.kind == "csv":
+            written.append(os.path.basename(source.path))
+        inputs.add(os.path.realpath(source.path))
+    if len(set(written)) < len(written):
+        raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
+    for name in written:
+        if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
+            raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
+        if folder and os.path.realpath(os.path.join(folder, name)) in inputs:
+            raise config.error("results.folder", "the answers would overwrite the prompts", "name another folder")
     above = folder
     while above and not os.path.exists(above):
         above = os.path.dirname(above)
@@ -3460,6 +3509,7 @@ class Pump:
         self.numbers, self.read, self.finish = iter(numbers), read, finish
         self.ends_at, self.held = ends_at, held
         self.again = collections.deque()  # (prompt, attempts so far) to ask once more
+        self.timers = set()  # of those whose time to be asked once more has not come
         self.waiting = collections.deque()  # workers with nothing to do while others' prompts may come back
         self.unfinished = 0  # taken from the input and not finished
         self.exhausted = self.draining = False
@@ -3495,6 +3545,8 @@ class Pump:
 
     async def worker(self, replica):
         while True:
+            while self.held():  # results cannot be written just now: ask nothing that could be lost
+                await asyncio.sleep(0.05)
             taken = self.take()
             if taken is None:
                 if self.finished:
@@ -3503,8 +3555,6 @@ class Pump:
                 self.waiting.append(turn)
                 await turn
             else:
-                while self.held():  # results cannot be written just now: ask nothing that could be lost
-                    await asyncio.sleep(0.05)
                 await self.ask(replica, *taken)
 
     def take(self):
@@ -3557,18 +3607,31 @@ class Pump:
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
         elif can_pass(status, answer) and (attempts < MAX_ATTEMPTS or self.draining):
             delay = max(wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
-            asyncio.get_running_loop().call_later(delay, self.put_back, prompt, attempts)
+            self.later(delay, prompt, attempts)
             return
         self.unfinished -= 1
         self.finish(Result(prompt, status, body, answer, error, began + CLOCK_TO_DATE, took, attempts, replica.number))
         if self.finished:
             self.wake_all()
 
+    def later(self, delay_s, prompt, attempts):
+        """Ask once more after a while; the slot is free meanwhile."""
+        def now():
+            self.timers.discard(timer)
+            self.put_back(prompt, attempts)
+        if self.draining:
+            return self.put_back(prompt, attempts)
+        timer = asyncio.get_running_loop().call_later(delay_s, now)
+        self.timers.add(timer)
+
     def drain(self):
-        """Let the prompts under way finish; take no new ones."""
+        """Let the prompts under way finish; take no new ones, and none once more."""
         self.draining = True
-        self.unfinished -= len(self.again)
+        for timer in self.timers:
+            timer.cancel()
+        self.unfinished -= len(self.again) + len(self.timers)
         self.again.clear()
+        self.timers.clear()
         self.wake_all()
 
 
@@ -3668,7 +3731,7 @@ def find_allocation(environ, nodes_wanted):
     if "SLURM_HET_SIZE" in environ:
         raise UserError("this job", "is a heterogeneous job", "submit a plain one: llmrun places its parts by itself")
     detail = Slurm(environ).detail(environ["SLURM_JOB_ID"])
-    nodes = expand_hostlist(environ["SLURM_JOB_NODELIST"])
+    nodes = expand_hostlist(environ.get("SLURM_JOB_NODELIST", ""))
     if len(nodes) < nodes_wanted:
         raise UserError("this job", f"has {len(nodes)} nodes and the config wants {nodes_wanted}",
                         "ask for more nodes, or --set slurm.nodes")
@@ -3719,14 +3782,14 @@ class Orders:
     def time_is_short(self):
         """Slurm's early warning: finish what is under way and ask nothing new."""
         self.tell("time_is_short")
-        if self.pump:
+        if self.pump and self.pump.first_sent:
             self.pump.drain()
         else:
             self.stop(WORK_LEFT, "the time limit is near and the engine is not ready")
 
     async def meant_to_end(self):
         """Whether Slurm is ending the job: its TERM may reach an engine a moment before it reaches us."""
-        with contextlib.suppress(asyncio.TimeoutError):
+        with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
             await within(0.5, self.agent_termed.wait())
         return self.agent_termed.is_set() or self.exit_code is not None
 
@@ -3759,6 +3822,11 @@ def drive(run, allocation, shape=0):
         code, why = error.exit_code, str(error)
     except OSError as error:
         code, why = CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}"
+    except Exception as error:  # a fault of ours must not cost the results; the job's output has the rest
+        traceback.print_exc()
+        code, why = CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it"
+    for late in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(late, signal.SIG_IGN)  # signals come twice; what is left is quick and must be whole
     code, why = save(run, config, prompts, journal, tally, code, why)
     tell("end", code=code, why=why, done=tally.done, failed=tally.failed)
     return code
@@ -3791,6 +3859,8 @@ def save(run, config, prompts, journal, tally, code, why):
 async def live(run, config, life, allocation, prompts, numbers, journal, tally, tell):
     """The story of a job: agents, engine, every prompt, and back."""
     def told(event, **facts):
+        if event == "engine_says" and pump.first_sent:
+            return  # the engine's start is worth telling; later its log speaks of every prompt
         tell(event, **facts)
         if event == "term":
             orders.agent_termed.set()
@@ -3813,7 +3883,8 @@ async def live(run, config, life, allocation, prompts, numbers, journal, tally, 
                 await pump.run(pairs)
                 tell("answered", done=tally.done, failed=tally.failed)
     except asyncio.CancelledError:
-        return orders.exit_code
+        if tally.answers + tally.failed < len(numbers):
+            return orders.exit_code
     except ClusterError:
         if await orders.meant_to_end():
             return orders.exit_code or WORK_LEFT
@@ -4101,11 +4172,12 @@ def command_submit(args):
     check_partition(config, slurm.partitions(), config.slurm.nodes)
     run = make_run(prepared)
     try:
-        job = int(slurm.submit(config, run.job_script(), "--parsable"))
-        run.record_submit(job)
-    except BaseException:
+        said = slurm.submit(config, run.job_script(), "--parsable")
+    except UserError:
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
+    job = job_id_in(said)
+    run.record_submit(job)
     if args.json:
         say_json({"job": job, "run": str(run.folder)})
     else:
@@ -4117,6 +4189,14 @@ def command_submit(args):
     if not args.json:
         say("Next: `python llmrun.py status` shows how it goes, `results` the answers.")
     return DONE
+
+
+def job_id_in(said):
+    """The id in what `sbatch --parsable` says: "194" or "194;cluster", maybe below a site's own words."""
+    ids = re.findall(r"^(\d+)(?:;\S+)?$", said, re.MULTILINE)
+    if not ids:
+        raise ClusterError("sbatch", f"accepted the job but did not tell its id: {said}", "`squeue --me` shows it")
+    return int(ids[-1])
 
 
 def command_run(args):
@@ -4196,6 +4276,8 @@ def state_of_life(run, life, state, jobs, slurm):
         if name == "start":
             state.update(nodes=event["nodes"], job=event["job"])
         if name == "progress":
+            if state["state"] == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
+                state["state"] = "answering"
             rate = event["tokens"] / event["working_s"] if event["working_s"] else 0
             per_prompt = event["working_s"] / max(1, event["answers"])
             state.update(done=event["done"], failed=event["failed"], answered=event["answers"] - event["failed"],
@@ -4265,16 +4347,27 @@ def how_it_died(run, start, job, slurm):
             "detail": f"the driver was killed{f' ({why})' if why else ''}; finished prompts are kept"}
 
 
-def follow(run, slurm, child=None, quiet=False):
-    """Wait for a run's end by its own files (and, every 15 s, squeue), telling what changes; its exit code."""
-    told, jobs, asked, seen = "", {}, -math.inf, None
-    while True:
+def state_watch(run, slurm):
+    """A function that gives the run's state: its own files each time, Slurm's word at most every 15 s."""
+    jobs, asked = {}, -math.inf
+
+    def look():
+        nonlocal jobs, asked
         if slurm and clock() - asked >= 15:
-            jobs, asked = slurm.jobs(run.submitted()), clock()
+            asked = clock()
+            with contextlib.suppress(ClusterError):  # Slurm may be away for a while; the run's files are not
+                jobs = slurm.jobs(run.submitted())
+        return state_of(run, jobs, slurm)
+    return look
+
+
+def follow(run, slurm, child=None, quiet=False):
+    """Wait for a run's end, telling what changes; its exit code."""
+    look, told, seen = state_watch(run, slurm), "", None
+    while True:
         ended = child is not None and child.poll() is not None
-        state = state_of(run, jobs, slurm)
+        state = look()
         if ended and state["exit_code"] is None:
-            state = state_of(run, jobs, slurm)
             said = log_tail(run.logs / "slurm-0.out")
             state.update(state="failed", exit_code=child.returncode if child.returncode > 0 else CLUSTER_FAILED,
                          detail=said[-1] if said else "it ended without a word")
@@ -4284,9 +4377,10 @@ def follow(run, slurm, child=None, quiet=False):
             if on_terminal():
                 sys.stdout.write("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
                 sys.stdout.flush()
-            elif (state["state"], state["done"] * 10 // max(1, state["total"])) != seen:
+            step = state["state"], state["done"] * 10 // max(1, state["total"])
+            if step != seen and not on_terminal():
                 say(line)
-            seen = (state["state"], state["done"] * 10 // max(1, state["total"]))
+            seen = step
         if state["exit_code"] is not None and (child is None or ended):
             if not quiet:
                 say("\n" * on_terminal() + verdict(run, state))
@@ -4405,14 +4499,16 @@ def command_logs(args):
 
 
 def show_log(path, keep_on, run):
+    look = state_watch(run, query_slurm())
     with open(path, errors="replace") as lines:
         while True:
+            ended = not keep_on or look()["exit_code"] is not None
             text = lines.read()
             sys.stdout.write(text)
             sys.stdout.flush()
-            if not text and (not keep_on or state_of(run, {}, None)["exit_code"] is not None):
+            if ended:
                 return
-            time.sleep(0.3 if keep_on else 0)
+            time.sleep(0.3)
 
 
 def command_cancel(args):
@@ -4436,29 +4532,34 @@ def command_cancel(args):
 def command_results(args):
     run = find_run(args)
     config = run.config()
-    prompts = Input.load(run, config, model_name(config))
+    prompts = Input.load(run, config, model_name(config), check=False)  # answers outlive the files they are to
     folder, marks = write_results(run, config, prompts)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
-    show = RESULT_FORMATS["jsonl" if args.json else args.format]
-    show(line for _, line in marks.lines(states))
+    form = "jsonl" if args.json else args.format
+    if form == "csv":
+        csv.writer(sys.stdout, lineterminator="\n").writerow(["custom_id", *ANSWER_COLUMNS])
+    places = {path: path.stat().st_size for path in marks.paths} if args.follow else {}
+    RESULT_FORMATS[form](line for _, line in marks.lines(states))
     if args.follow:
-        follow_results(run, show, args.failed)
+        follow_results(run, RESULT_FORMATS[form], args.failed, places)
     elif on_terminal():
         say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; the files are in {folder}")
     return DONE
 
 
-def follow_results(run, show, failed):
-    """Show what the journals gain until the run ends."""
-    places = {path: path.stat().st_size for path in run.segments()}
+def follow_results(run, show, failed, places):
+    """Show what the journals gain beyond these places until the run ends."""
+    look = state_watch(run, query_slurm())
     while True:
-        ended = state_of(run, {}, None)["exit_code"] is not None
+        ended = look()["exit_code"] is not None
         for path in run.segments():
             with open(path, "rb") as file:
                 file.seek(places.get(path, 0))
-                lines = [line for line in file if line.endswith(b"}}\n") and not (failed and line.endswith(OK_END))]
-                places[path] = places.get(path, 0) + sum(map(len, lines)) if not failed else file.tell()
-            show(iter(lines))
+                lines = [line for line in file if line.endswith(b"}}\n")]
+            places[path] = places.get(path, 0) + sum(map(len, lines))
+            lines = [line for line in lines if not (failed and line.endswith(OK_END))]
+            if lines:
+                show(lines)
         if ended:
             return
         time.sleep(0.3)
@@ -4492,7 +4593,6 @@ def show_texts(lines):
 
 def show_csv(lines):
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["custom_id", *ANSWER_COLUMNS])
     for record in map(json.loads, lines):
         found = columns_of(record)
         writer.writerow([record["custom_id"]] + [found[name] for name in ANSWER_COLUMNS])
@@ -4527,11 +4627,10 @@ def command_demo(args):
 
 def command_help(args):
     topic = args.topic or "start"
-    table, _, name = topic.partition(" ")
-    if table == "config":
+    if topic == "config":
         say(example_toml())
-    elif table in HELP:
-        say(HELP[table])
+    elif topic in HELP:
+        say(HELP[topic])
     else:
         known = ["config"] + sorted(HELP)
         raise UserError(f"help {topic}", "no such topic", nearest(topic, known) or "there are " + ", ".join(known))
@@ -4603,9 +4702,11 @@ def main(argv=None):
     """Run one command; errors become one line, and the exit code says of which kind they are."""
     words = sys.argv[1:] if argv is None else argv
     try:
-        if words[:1] == ["agent"]:  # a run starts many of these two, and waits for them
-            return serve_agent(*words[1:])
-        if words[:1] == ["echo"]:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")
+        if words[:1] == ["agent"] and len(words) == 2:  # a run starts many of these two, and waits for them
+            return serve_agent(words[1])
+        if words[:1] == ["echo"] and len(words) in (4, 5):
             return serve_echo(*words[1:])
         args = make_parser(words[0] if words else "").parse_args(words)
         if not args.command:

@@ -27,4 +27,4 @@ done
 # ── 3 · container ──────────────────────────────────────────────────────────────
 # none: the engine runs as it is installed on the nodes
 # ── 4 · run ────────────────────────────────────────────────────────────────────
-exec "$python" -E llmrun.py drive --config config.toml
+exec "$python" -I llmrun.py drive --config config.toml

@@ -275,3 +275,50 @@ def test_answers_that_hardly_are_some_raise_a_doubt(three, texts, finish, words)
         one.answer["choices"][0]["finish_reason"] = finish
         tally.add(one)
     assert words in tally.doubt() and bool(words) == bool(tally.doubt())
+
+
+def test_results_never_land_on_the_prompts(tmp_path):
+    (tmp_path / "in.csv").write_text("q\nx\n")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hi")
+    for user, folder in (("in.csv", tmp_path), ("texts", tmp_path / "texts")):
+        config = config_for(tmp_path, user, template="{q}")
+        config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(folder=str(folder)))
+        with pytest.raises(llmrun.UserError, match="overwrite the prompts"):
+            llmrun.freeze(config, "m")
+
+
+def test_two_tables_of_one_name_cannot_share_the_results(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "in.csv").write_text(f"id,q\n{folder},x\n")
+    with pytest.raises(llmrun.UserError, match="one file"):
+        llmrun.freeze(config_for(tmp_path, "*/in.csv", template="{q}", id_column="id"), "m")
+
+
+def test_a_pattern_needs_no_id_column(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("q\nx\ny\n")
+    names = [p.custom_id for p in all_prompts(tmp_path, config_for(tmp_path, "*.csv", template="{q}"))]
+    assert names == ["a-1", "a-2", "b-1", "b-2"]
+
+
+def test_a_table_with_a_header_alone_does_no_harm(tmp_path):
+    (tmp_path / "a.csv").write_text("q\n")
+    (tmp_path / "b.csv").write_text("q\nx\n")
+    assert len(all_prompts(tmp_path, config_for(tmp_path, "*.csv", template="{q}"))) == 1
+
+
+@pytest.mark.parametrize("row, words", [('{"x": "bad \\ud83d"}', "lone surrogate"), ('{"x": "ok"}', "seed is no whole number")])
+def test_what_could_not_be_sent_is_refused_before_anything_starts(tmp_path, row, words):
+    (tmp_path / "in.jsonl").write_text(row + "\n")
+    with pytest.raises(llmrun.UserError, match=words):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl", template="{x}", samples=2, params={"seed": "abc"} if "ok" in row else {}), "m")
+
+
+def test_columns_of_one_name_are_refused_and_long_cells_are_not(tmp_path):
+    (tmp_path / "in.csv").write_text("t,t\n1,2\n")
+    with pytest.raises(llmrun.UserError, match="same name"):
+        llmrun.freeze(config_for(tmp_path, "in.csv", template="{t}"), "m")
+    (tmp_path / "in.csv").write_text("t\n" + "x" * 200000 + "\n")
+    assert len(all_prompts(tmp_path, config_for(tmp_path, "in.csv", template="{t}"))) == 1

@@ -214,6 +214,39 @@ def test_a_killed_life_is_resumed_and_nothing_is_asked_twice(site):
     assert len(site.results()) == 40
 
 
+def test_a_users_files_cannot_stand_in_for_pythons_own(site):
+    for name in ("secrets", "csv", "queue", "random"):
+        (site.folder / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    env = dict(site.env, PYTHONSAFEPATH="1")
+    done = subprocess.run([sys.executable, "-I", "-c", "import sys, runpy; sys.argv = sys.argv[1:]; "
+                           "runpy.run_path('llmrun.py', run_name='__main__')", "llmrun.py", "submit", "config.json", "--wait"],
+                          cwd=site.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+    assert done.returncode == 0, done.stdout + site.job_output()
+    assert len(site.results()) == 6
+
+
+def test_a_site_that_greets_on_sbatchs_output_loses_no_job(site):
+    folder = site.folder / "bin"
+    folder.mkdir()
+    real = shutil.which("sbatch", path=site.env["PATH"])
+    (folder / "sbatch").write_text(f"#!/bin/sh\necho '-> Welcome to the cluster'\nexec {real} \"$@\"\n")
+    (folder / "sbatch").chmod(0o755)
+    site.env["PATH"] = f"{folder}:{site.env['PATH']}"
+    site.llmrun("submit", "config.json", "--wait")
+    assert len(site.results()) == 6
+
+
+def test_logs_and_results_can_be_followed(site):
+    site.slow()
+    site.llmrun("submit", "config.json")
+    site.wait_for_event("ready")
+    followers = [site.start("results", "-f", "--format", "csv"), site.start("logs", "-f")]
+    outputs = [follower.communicate(timeout=90)[0] for follower in followers]
+    assert outputs[0].count("custom_id,answer") == 1
+    assert sum(line.startswith("part") for line in outputs[0].splitlines()) == 40
+    assert "end code=0" in outputs[1]
+
+
 def test_two_submits_in_the_same_second_both_succeed(site):
     both = [site.start("submit", "config.json", "--wait") for _ in range(2)]
     for one in both:

@@ -215,6 +215,38 @@ def test_many_prompts_with_random_faults_are_all_accounted_for(monkeypatch):
     assert all(result.ok or result.status == 400 for result in results)
 
 
+def test_a_replica_lost_while_results_cannot_be_written_loses_no_prompt():
+    engines, held = [Engine(2), Engine(2)], [False]
+
+    async def work():
+        groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
+        results = []
+        pump = llmrun.Pump(range(40), read, results.append, llmrun.math.inf, lambda: held[0])
+        held[0] = True
+        running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0))) for group in groups]))
+        await asyncio.sleep(0.2)
+        groups[0].fail()
+        await asyncio.sleep(0.1)
+        held[0] = False
+        await running
+        assert_each_once(results, 40)
+        for group in groups:
+            group.client.close()
+            group.engine.server.close()
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_draining_does_not_wait_for_those_to_be_asked_again():
+    engine = Engine(2, 0.02, faults=lambda number: answer("later", 429, "Retry-After: 60\r\n") if number == 0 else None)
+
+    async def drain(pump, groups, results):
+        while len(results) < 4:
+            await asyncio.sleep(0.005)
+        pump.drain()
+    results, took = pumped(1000, engine, meanwhile=drain)
+    assert took < 5 and all(result.ok for result in results)
+
+
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
 PIECES = b'data: {"id":"x","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n' \
          b': ping\n\ndata: {"choices":[{"index":0,"delta":{"content":"Hel"}}]}\n\ndata: {"choices":[{"index":0,"delta":{"content":"lo"}}]}\n\n' \
