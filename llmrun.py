@@ -1098,6 +1098,7 @@ class Job(NamedTuple):
     end: str
     left: str
     nodes: str
+    ahead: int = 0  # waiting jobs that come before it
 
 
 class Partition(NamedTuple):
@@ -1176,7 +1177,20 @@ class Slurm:
         if answer.returncode and "Invalid job id" not in answer.stderr:
             raise ClusterError("squeue", answer.stderr or f"exit code {answer.returncode}", "is Slurm up? try `sinfo`")
         rows = [Job(*line.split("|")) for line in answer.stdout.splitlines() if line.count("|") == 6]
+        if any(row.state == "PENDING" for row in rows):
+            ahead = self.waiting_before()
+            rows = [row._replace(ahead=ahead.get(int(row.job), 0)) for row in rows]
         return {int(row.job): row for row in rows}
+
+    def waiting_before(self):
+        """{job: how many waiting jobs of its partition have a higher priority}."""
+        answer = self.call("squeue", "-h", "-t", "PENDING", "-o", "%P|%Q|%A")
+        lines = [line.split("|") for line in answer.stdout.splitlines() if re.fullmatch(r"[^|]+\|\d+\|\d+", line)]
+        before, place = {}, collections.Counter()
+        for partition, _, job in sorted((partition, -int(rank), int(job)) for partition, rank, job in lines):
+            before.setdefault(job, place[partition])
+            place[partition] += 1
+        return before
 
     def detail(self, job):
         """`scontrol show job` as one line, or nothing where Slurm has forgotten the job."""
@@ -3856,10 +3870,13 @@ def save(run, config, prompts, journal, tally, code, why):
     return code, why or doubt
 
 
+ENGINE_LINES = 200  # of an engine's log are told in the events of a life
+
+
 async def live(run, config, life, allocation, prompts, numbers, journal, tally, tell):
     """The story of a job: agents, engine, every prompt, and back."""
     def told(event, **facts):
-        if event == "engine_says" and pump.first_sent:
+        if event == "engine_says" and next(engine_lines) >= ENGINE_LINES:
             return  # the engine's start is worth telling; later its log speaks of every prompt
         tell(event, **facts)
         if event == "term":
@@ -3869,7 +3886,7 @@ async def live(run, config, life, allocation, prompts, numbers, journal, tally, 
         journal.add(result)
         tally.add(result)
 
-    orders = Orders(tell)
+    orders, engine_lines = Orders(tell), itertools.count()
     pump = Pump(numbers, prompts.prompt, finish, allocation.ends_at, lambda: journal.trouble)
     try:
         async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(),
@@ -4326,6 +4343,7 @@ def state_before_start(run, job_id, job):
     if job.state == "PENDING":
         expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
         return {"state": "pending", "detail": PENDING_WORDS.get(job.reason, job.reason)
+                + (f"; {job.ahead} waiting jobs come before it" if job.ahead else "")
                 + (f"; expected to start {expected}" if expected else "")}
     return {"state": "starting", "detail": job.nodes}
 

@@ -108,7 +108,7 @@ def test_what_an_ordinary_user_may_not_touch(site):
             folder.chmod(0o755)
 
     def as_nobody(*args):
-        done = subprocess.run([sys.executable, "-c", "import os, sys; sys.path.insert(0, '.'); import llmrun; "
+        done = subprocess.run([sys.executable, "-c", "import locale, os, sys; sys.path.insert(0, '.'); import llmrun; "
                                "os.getuid() or (os.setgid(65534), os.setuid(65534)); sys.exit(llmrun.main(sys.argv[1:]))", *args], cwd=site.folder, env=dict(site.env, HOME="/"), text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 2 and "Traceback" not in done.stdout, done.stdout

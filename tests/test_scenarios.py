@@ -340,7 +340,10 @@ def test_a_pending_job_says_why_it_waits(site):
     site.llmrun("submit", "config.json")
     state = site.status()
     assert state["state"] == "pending" and state["detail"], state
-    site.llmrun("cancel")
+    later = json.loads(site.llmrun("submit", "config.json", "--json"))
+    assert "1 waiting jobs come before it" in json.loads(site.llmrun("status", later["job"], "--json"))["detail"]
+    site.llmrun("cancel", later["job"])
+    site.llmrun("cancel", state["job"])
     wait_for("the job to be gone", lambda: site.status()["exit_code"] is not None)
 
 

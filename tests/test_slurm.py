@@ -132,7 +132,7 @@ def test_job_scripts_are_shell_whatever_stands_in_the_config(tmp_path):
     script = tmp_path / "job.sh"
     script.write_text(text)
     subprocess.run(["bash", "-n", str(script)], check=True)
-    body = text[text.index("# ── 2"):].replace('exec "$python" -E', "printf '%s\\n' \"$A\" \"$B\" --")
+    body = text[text.index("# ── 2"):].replace('exec "$python" -I', "printf '%s\\n' \"$A\" \"$B\" --")
     body = "module() { printf 'module %s\\n' \"$*\"; }; conda() { [ \"$1\" = activate ] && printf '%s\\n' \"$2\"; }\n" + body
     done = subprocess.run(["bash", "-c", body], stdout=subprocess.PIPE, text=True, env={"HOME": "/h", "PATH": os.environ["PATH"]})
     assert done.stdout.splitlines() == [f"module load {nasty}", nasty, nasty.replace("$HOME", "/h"), "it's `id` \\ plain",

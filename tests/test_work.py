@@ -14,10 +14,12 @@ class Engine:
     """A server with some slots and a time for each answer; `faults(request number)` may give raw bytes instead."""
 
     def __init__(self, slots=2, answer_s=0.0, faults=lambda number: None):
-        self.slots, self.answer_s, self.faults = asyncio.Semaphore(slots), answer_s, faults
+        self.size, self.answer_s, self.faults = slots, answer_s, faults
         self.in_flight, self.asked, self.connections = slots + slots // 8 + 2, [], set()
+        self.under_way = self.most_under_way = 0
 
     async def start(self):
+        self.slots = asyncio.Semaphore(self.size)
         self.server = await asyncio.start_server(self.talk, "127.0.0.1", 0)
         return llmrun.Client("127.0.0.1", self.server.sockets[0].getsockname()[1])
 
@@ -32,8 +34,11 @@ class Engine:
                 self.asked.append(body["messages"][0]["content"])
                 fault = self.faults(number)
                 if fault is None:
+                    self.under_way += 1
+                    self.most_under_way = max(self.most_under_way, self.under_way)
                     async with self.slots:
                         await asyncio.sleep(self.answer_s)
+                    self.under_way -= 1
                     fault = answer(f"re: {self.asked[number]}")
                 writer.write(fault)
                 if not fault:
@@ -105,17 +110,12 @@ def assert_each_once(results, count):
     assert sorted(result.prompt.key[1] for result in results) == list(range(count))
 
 
-def test_no_slot_is_empty_and_no_prompt_is_asked_twice():
-    busy, most = [], Engine(slots=4, answer_s=0.02)
-
-    async def look(pump, groups, results):
-        while True:
-            busy.append(4 - most.slots._value)
-            await asyncio.sleep(0.005)
-    results, took = pumped(200, most, meanwhile=look)
-    assert_each_once(results, 200)
-    assert len(most.asked) == 200 and all(result.ok and result.attempts == 1 for result in results)
-    assert sum(number == 4 for number in busy[3:-8]) >= 0.9 * len(busy[3:-8])
+def test_a_few_prompts_more_than_slots_are_under_way_and_none_is_asked_twice():
+    engine = Engine(slots=16, answer_s=0.01)
+    results, _ = pumped(300, engine)
+    assert_each_once(results, 300)
+    assert len(engine.asked) == 300 and all(result.ok and result.attempts == 1 for result in results)
+    assert engine.most_under_way == 16 + 16 // 8 + 2
 
 
 @pytest.mark.parametrize("status, extra", [(429, "Retry-After: 0\r\n"), (503, ""), (500, ""), (408, ""), (409, ""), (0, "")])
@@ -151,22 +151,20 @@ def test_retry_after_is_waited_for_outside_the_slot():
 
 
 def test_replicas_share_by_their_speed_and_a_lost_one_costs_only_its_share():
-    """Three replicas, one 3 times slower; a fast one dies half-way: within 10 % of what the rest could do, and a tail."""
+    """Three replicas, one 3 times slower; a fast one dies half-way: the others take over what it had, each by its speed."""
     count, answer_s = 600, 0.02
     engines = [Engine(4, answer_s), Engine(4, answer_s), Engine(4, 3 * answer_s)]
-    died_at = []
+    before = []
 
     async def kill_one(pump, groups, results):
-        began = llmrun.clock()
         while len(results) < count / 2:
             await asyncio.sleep(0.005)
-        died_at.append(llmrun.clock() - began)
+        before.extend(results)
         groups[1].fail()
-    results, took = pumped(count, *engines, meanwhile=kill_one)
+    results, _ = pumped(count, *engines, meanwhile=kill_one)
     assert_each_once(results, count)
-    fast = 4 / answer_s
-    ideal = died_at[0] + count / 2 / (fast + fast / 3)
-    assert took <= ideal * 1.1 + 2 * 3 * answer_s, f"{took:.2f} s, ideally {ideal:.2f} s"
+    shares = [sum(result.replica == number for result in results[len(before):]) for number in range(3)]
+    assert shares[1] == 0 and 2 < shares[0] / shares[2] < 4.5, shares
 
 
 def test_the_first_ready_replica_starts_and_a_late_one_joins():
