@@ -4677,11 +4677,11 @@ def command_help_table():
         ("status", command_status, "how runs stand: all, or one", run + as_json),
         ("logs", command_logs, "a run's logs", run + as_json + [
             ("process", {"nargs": "?", "default": "", "help": "part of a log's name, as in llama-server"}),
-            ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"})]),
+            ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"})]),
         ("cancel", command_cancel, "stop a run; finished prompts are kept", run + as_json),
         ("results", command_results, "the answers so far", run + as_json + [
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
-            ("-f", {"dest": "follow", "action": "store_true", "help": "keep showing what is added"}),
+            ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
         ("help", command_help, "more on a topic: config, files, codes, engines",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
@@ -4712,7 +4712,8 @@ def make_parser(wanted):
         sub = commands.add_parser(name, **({"help": summary, "description": summary} if summary else {}))
         sub.set_defaults(function=function)
         for argument, options in arguments:
-            sub.add_argument(argument, **options)
+            longer = options.get("flags", [])
+            sub.add_argument(argument, *longer, **{name: value for name, value in options.items() if name != "flags"})
     return parser
 
 

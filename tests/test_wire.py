@@ -82,6 +82,22 @@ def test_an_answer_that_stops_in_its_middle_is_given_up(monkeypatch):
         run(ask(OK[:-1], then="silence", timeout_s=60))
 
 
+def test_a_server_may_have_an_ipv6_address():
+    async def work():
+        heads = []
+
+        async def answer(request):
+            heads.append(request.headers["host"])
+            return llmrun.http_response(200, {})
+        server = await llmrun.serve_http("::1", 0, answer)
+        port = server.sockets[0].getsockname()[1]
+        client = llmrun.Client("::1", port)
+        assert (await client.request("GET", "/")).status == 200 and heads == [f"[::1]:{port}"]
+        client.close()
+        server.close()
+    run(work())
+
+
 def test_nobody_there_is_told_apart_from_a_broken_answer():
     async def work():
         await llmrun.Client("127.0.0.1", 1).request("GET", "/")
