@@ -2386,6 +2386,10 @@ class EngineFailed(ClusterError):
     """An engine did not start, or ended while it was needed."""
 
 
+def model_name(config):
+    return config.model.name or Path(config.model.path).name or config.engine.name
+
+
 class Engine:
     """What all engines have in common."""
 
@@ -2397,7 +2401,6 @@ class Engine:
         self.slots = config.engine.slots
         # A few prompts wait at the engine, so that no slot is ever empty.
         self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
-        self.model_name = config.model.name or Path(config.model.path).name or self.name
 
     def log_of(self, node, process):
         return str(self.run.logs_of(self.life) / f"{node.name}-{process}.log")
@@ -2529,7 +2532,7 @@ class LlamaCpp(Engine):
             argv += ["--rpc", ",".join(f"{placed.address}:{placed.port}" for placed in workers)]
         shares = self.tensor_split(head, workers)
         argv += ["-ts", ",".join(map(str, shares))] if shares else []
-        argv += ["--alias", self.model_name] if "--alias" in flags else []
+        argv += ["--alias", model_name(self.config)] if "--alias" in flags else []
         argv += ["--no-webui"] if "--no-webui" in flags else []
         # Old builds hold a thread for each open connection, and answer no more of them than they have threads.
         argv += ["--threads-http", str(self.in_flight + 8)] if "--threads-http" in flags else []
@@ -3915,10 +3918,6 @@ def split_groups(nodes, count):
     """Equal groups of neighbours, one for each replica."""
     size = len(nodes) // count
     return [nodes[number * size:(number + 1) * size] for number in range(count)]
-
-
-def model_name(config):
-    return config.model.name or Path(config.model.path).name or config.engine.name
 
 
 def share_of(rows, number, count):
