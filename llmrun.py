@@ -223,6 +223,23 @@ def log(text):
     sys.stderr.flush()
 
 
+def process_birth(pid):
+    """A process's start time in clock ticks: with the pid it names one process for ever."""
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
+
+
+TAIL_LINES = 30
+
+
+def log_tail(path):
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
+        return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()][-TAIL_LINES:]
+    return []
+
+
 async def wait_until(what, condition, timeout_s, mend="", poll_s=0.05):
     """The one wait that polls: our own ports and files, every 50 ms, until `condition()` holds.
 
@@ -445,9 +462,14 @@ class SlurmConfig:
     nodelist: str = key("", TEXT, "Nodes to use, as in \"gpu[01-04]\".")
     exclude: str = key("", TEXT, "Nodes not to use.")
     reservation: str = key("", TEXT, "A reservation to use.")
-    jobs: int = key(1, number_between(1, 1000), "Split the prompts over so many jobs (a Slurm array), each with "
-                    "its own nodes and engine.")
+    jobs: int = key(1, number_between(1, 1000), "Share the prompts among so many jobs (a Slurm array), each with "
+                    "its own nodes and engine; whichever is faster does more.")
+    max_running: int = key(0, number_between(0, 1000), "How many of them may run at the same time; 0 is all.")
+    requeue: bool = key(True, FLAG, "Go on by itself when the time limit, a preemption or a lost node ends the job "
+                        "with work left: the same job once more, or a new one.")
     grace: float = key(120.0, DURATION, "How long before the time limit to stop asking new prompts.")
+    join_timeout: float = key(120.0, DURATION, "How long a node may take to answer at the start of the job; a "
+                              "replica that can do without it does not wait longer.")
     output: str = key("", PATH, "The job's own output; by default slurm-JOB.out in the run's logs. "
                       "%j stands for the job id.")
     directives: List[str] = key([], list_of(TEXT), "More #SBATCH options as they are, as in [\"--exclusive\"]; "
@@ -1128,6 +1150,10 @@ PENDING_WORDS = {
 ENDED_STATES = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
                 "OUT_OF_MEMORY", "GONE")
 
+ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out of memory: raise [slurm] mem",
+           "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
+           "BOOT_FAIL": "a node failed", "DEADLINE": "its deadline passed"}
+
 REFUSALS = (  # what sbatch prints, the key it is about, what to do
     (r"invalid partition|Invalid partition", "slurm.partition", "`sinfo -s` lists the partitions"),
     (r"[Ii]nvalid account", "slurm.account", "`sacctmgr show assoc user=$USER format=account,partition` lists yours"),
@@ -1201,10 +1227,25 @@ class Slurm:
         answer = self.call("scontrol", "show", "partition", "-o")
         return [parse_partition(line) for line in answer.stdout.splitlines() if line.startswith("PartitionName=")]
 
-    def cancel(self, job):
-        answer = self.call("scancel", str(job))
+    def cancel(self, job, *options):
+        answer = self.call("scancel", *options, str(job))
         if answer.returncode:
             raise ClusterError("scancel", answer.stderr or "refused", f"is job {job} yours?")
+
+    def requeue(self, job):
+        """Put a job back into the queue under the same id; "" or why Slurm would not.
+
+        Only for a job that has not ended: a finished one would run once more."""
+        answer = self.call("scontrol", "requeue", str(job))
+        return one_line(answer.stderr) or "refused" if answer.returncode else ""
+
+
+def job_id_in(said):
+    """The id in what `sbatch --parsable` says: "194" or "194;cluster", maybe below a site's own words."""
+    ids = re.findall(r"^(\d+)(?:;\S+)?$", said, re.MULTILINE)
+    if not ids:
+        raise ClusterError("sbatch", f"accepted the job but did not tell its id: {said}", "`squeue --me` shows it")
+    return int(ids[-1])
 
 
 def refusal(config, message):
@@ -1278,11 +1319,69 @@ class Life(NamedTuple):
         return cls(*map(int, parts)) if len(parts) == 3 and all(part.isdigit() for part in parts) else None
 
 
+class Segment(NamedTuple):
+    """One file of a journal. Their order decides between two results for one prompt."""
+
+    life: Life
+    number: int
+    path: Path
+
+
+class Disk:
+    """All that drivers do to the files they share; the proof of it puts another in this place.
+
+    Shared file systems keep few promises. This asks for those that all of them keep: whole appends of one writer, a
+    link that only one of many gets, a rename. It never asks for a file's size or time."""
+
+    def names(self, folder):
+        return os.listdir(folder)
+
+    def read(self, path, at=0, most=-1):
+        """Some bytes of a file from a place in it; none where there is no such file yet."""
+        try:
+            with open(path, "rb") as file:
+                file.seek(at)
+                return file.read(most)
+        except FileNotFoundError:
+            return b""
+
+    def create(self, path):
+        """A file for appending that nobody had before."""
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
+
+    def append(self, file, data):
+        while data:
+            data = data[os.write(file, data):]
+
+    def sync(self, file):
+        os.fsync(file)
+
+    def close(self, file):
+        os.close(file)
+
+    def put(self, path, data):
+        write_file(path, data)
+
+    def put_new(self, path, data):
+        """Put a whole file under a name that is free; False if it was taken."""
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        write_file(temporary, data)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+
 class Run:
     """One run's folder."""
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, disk=None):
+        self.folder, self.disk = Path(folder), disk or Disk()
+        self.claims = self.folder / "claims"
+        self.stop = self.folder / "stop"
         self.script = self.folder / "llmrun.py"
         self.key_file = self.folder / "key"
         self.endpoint = self.folder / "endpoint.json"
@@ -1316,13 +1415,22 @@ class Run:
         """The job's own output, where the config did not choose another place."""
         return self.config().slurm.output.replace("%j", str(job)) or str(self.logs / f"slurm-{job}.out")
 
-    def record_submit(self, job):
-        write_file(self.folder / "events" / f"{job}.submit.json", json.dumps({"job": job, "time": time.time()}))
+    def record_submit(self, job, **facts):
+        """`shape` among the facts says that the job runs our job.sh, `after` which job it goes on for."""
+        record = {"job": job, "time": time.time(), **facts}
+        write_file(self.folder / "events" / f"{job}.submit.json", json.dumps(record))
+
+    def submits(self):
+        """{job: what was recorded} of the jobs that sbatch was given, oldest first."""
+        records = [json.loads(path.read_text()) for path in (self.folder / "events").glob("*.submit.json")]
+        return {record["job"]: record for record in sorted(records, key=lambda record: record["time"])}
 
     def submitted(self):
-        """The jobs that sbatch was given, oldest first."""
-        records = [json.loads(path.read_text()) for path in (self.folder / "events").glob("*.submit.json")]
-        return [record["job"] for record in sorted(records, key=lambda record: record["time"])]
+        return list(self.submits())
+
+    def shapes(self):
+        """The numbers of the shapes so far: 0 at submit, one more for each join with other settings."""
+        return sorted(int(path.name) for path in (self.folder / "shapes").iterdir() if path.name.isdigit())
 
     def lives(self):
         """All lives so far, in the order in which they began to write."""
@@ -1335,14 +1443,35 @@ class Run:
         lines = list(read_json_lines(self.events_file(life)))
         return lines[:1] + lines[1:][-400:]
 
+    def progress(self, life):
+        """A life's last word on its counts."""
+        told = [event for event in self.events(life) if event["event"] == "progress"]
+        return told[-1] if told else {}
+
     def events_file(self, life):
         return self.folder / "events" / f"{life}.jsonl"
 
     def segments(self):
         """The journals of all lives, in the order that decides between two results for one prompt."""
-        paths = self.journal.glob("*.*.*.*.jsonl")
-        found = [(Life.of_file(path), int(path.name.split(".")[3]), path) for path in paths]
-        return [path for _, _, path in sorted(found)]
+        names = [re.fullmatch(r"(\d+)\.(\d+)\.(\d+)\.(\d+)\.jsonl", name) for name in self.disk.names(self.journal)]
+        found = [(*map(int, match.groups()), match.group()) for match in names if match]
+        return [Segment(Life(*life), number, self.journal / name) for *life, number, name in sorted(found)]
+
+    def claim_file(self, chunk, generation):
+        return self.claims / f"{chunk}.{generation}"
+
+    def generations(self):
+        """{chunk: how often it was claimed}, less 1."""
+        latest = {}
+        for name in self.disk.names(self.claims):
+            match = re.fullmatch(r"(\d+)\.(\d+)", name)
+            if match:
+                chunk, generation = map(int, match.groups())
+                latest[chunk] = max(generation, latest.get(chunk, 0))
+        return latest
+
+    def beat_file(self, life):
+        return self.claims / f"beat.{life}"
 
     def new_life(self, job, restart):
         """The next life of this job: the first number that nobody else was given."""
@@ -1365,13 +1494,12 @@ def create_run(config, prompts, make_script):
         parent.mkdir(parents=True, exist_ok=True)
         folder = new_folder(parent, f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         run = Run(folder)
-        for sub in ("shapes/0", "input", "events", "logs", "journal"):
+        for sub in ("shapes/0", "input", "events", "logs", "journal", "claims"):
             (folder / sub).mkdir(parents=True)
         write_file(run.script, Path(__file__).read_bytes())
         write_file(run.key_file, secrets.token_urlsafe(32) + "\n", 0o600)
         prompts.keep(run)
-        write_file(run.job_script(), make_script(run), 0o755)
-        write_file(run.config_file(), json.dumps(dataclasses.asdict(config), indent=1))  # the last: it makes it a run
+        freeze_shape(run, 0, config, make_script(run))  # the last: it makes it a run
     except BaseException as error:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -1381,6 +1509,13 @@ def create_run(config, prompts, make_script):
         raise config.error("run_dir", f"cannot make the run's folder: {os_reason(error)}",
                            mend.get(error.errno, "name a folder that you may write to and the nodes can see"))
     return run
+
+
+def freeze_shape(run, shape, config, script):
+    """Keep what a submit or a join asked for: its job.sh, and its config, whose presence says that both are whole."""
+    run.job_script(shape).parent.mkdir(exist_ok=True)
+    write_file(run.job_script(shape), script, 0o755)
+    write_file(run.config_file(shape), json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def new_folder(parent, name):
@@ -1492,13 +1627,20 @@ def sbatch_lines(config, nodes, output):
         ("partition", slurm.partition), ("account", slurm.account), ("qos", slurm.qos),
         ("gpus-per-node", slurm.gpus_per_node), ("cpus-per-task", slurm.cpus_per_node or ""), ("mem", slurm.mem),
         ("constraint", slurm.constraint), ("nodelist", slurm.nodelist), ("exclude", slurm.exclude),
-        ("reservation", slurm.reservation), ("array", f"0-{slurm.jobs - 1}" if slurm.jobs > 1 else ""),
+        ("reservation", slurm.reservation), ("array", array_range(slurm)),
         ("output", output), ("open-mode", "append"), ("signal", f"B:USR1@{warn_s}"), ("propagate", "NONE")]
     given = [f"#SBATCH {line}" for line in slurm.directives]
     given += [f"#SBATCH --{name}" + ("" if value is True else f"={quote(str(value))}")
               for name, value in slurm.extra.items() if value is not False]
     return given + [f"#SBATCH --{name}={quote(str(value))}" for name, value in options if value != ""] + [
-        "#SBATCH --no-kill"]
+        "#SBATCH --no-kill", "#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue"]
+
+
+def array_range(slurm):
+    """The tasks of an array and how many may run at once, as in "0-3%2"."""
+    if slurm.jobs == 1:
+        return ""
+    return f"0-{slurm.jobs - 1}" + (f"%{slurm.max_running}" if slurm.max_running else "")
 
 
 def environment_lines(environment):
@@ -1882,12 +2024,11 @@ async def serve_http(host, port, answer):
 # ═══════════════════════════════════════════════════════════════════════════════
 
 BEAT_S = 2.0  # each side tells the other that it lives
-JOIN_TIMEOUT_S = 120.0  # for an agent to say hello: prologs and file systems can be slow
 SILENT_NODE_S = 30.0  # one stall of a shared file system must not end a long load
-LOST_DRIVER_S = 60.0  # an agent that hears nothing so long stops everything
+LOST_DRIVER_S = 180.0  # an agent that hears nothing so long, not even an end, stops everything
+STALL_S = 10.0  # a sleep that took so much longer says that we stood still ourselves: suspended, or a stalled disk
 TERM_WAIT_S = 3.0  # an agent told to end by Slurm waits so long for the driver's order
 LINE_LIMIT = 2**20
-TAIL_LINES = 30
 PR_SET_PDEATHSIG = 1
 SIOCGIFADDR = 0x8915
 
@@ -1898,13 +2039,6 @@ def die_with_parent():
 
 
 LIBC = ctypes.CDLL(None)
-
-
-def log_tail(path):
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
-        return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()][-TAIL_LINES:]
-    return []
 
 
 def node_addresses(interface):
@@ -2028,8 +2162,16 @@ class Agent:
     async def beat(self):
         while clock() - self.last_heard < LOST_DRIVER_S:
             self.send(beat=1)
-            await asyncio.sleep(BEAT_S)
+            if await stalled(BEAT_S):
+                self.last_heard = clock()
         self.end()
+        self.go_on_without_driver()
+
+    @staticmethod
+    def go_on_without_driver():
+        """Its node is gone, and Slurm may take many minutes to see that; the first agent that asks is heard."""
+        if "LLMRUN_REQUEUE" in os.environ:
+            Slurm(os.environ).requeue(os.environ["SLURM_JOB_ID"])
 
     async def obey(self, order):
         """Do one order and send its answer; what goes wrong is the answer too."""
@@ -2178,6 +2320,13 @@ def kill_group(pid, signal_number):
         os.killpg(pid, signal_number)
 
 
+async def stalled(time_s):
+    """Sleep, and say whether it took so long that nobody's silence in that time means anything."""
+    began = clock()
+    await asyncio.sleep(time_s)
+    return clock() - began > time_s + STALL_S
+
+
 class Exit(NamedTuple):
     """How a process ended; `code` is None when its node was lost."""
 
@@ -2211,13 +2360,15 @@ class NodeRefusal(ClusterError):
 class Node:
     """The driver's view of one node: asks its agent, and hears from it."""
 
-    def __init__(self, name, command, env, log_path, tell):
+    def __init__(self, name, command, env, log_path, tell, join_timeout_s):
         self.name, self.command, self.env, self.log_path, self.tell = name, command, env, log_path, tell
+        self.join_timeout_s = join_timeout_s
         loop = asyncio.get_running_loop()
         self.facts, self.lost = loop.create_future(), loop.create_future()
         self.asked, self.exits, self.numbers = {}, {}, itertools.count(1)
         self.last_heard = clock()
         self.channel = self.tasks = None
+        self.closing = False
 
     async def open(self):
         with open(self.log_path, "ab") as output:
@@ -2258,10 +2409,15 @@ class Node:
             self.tell("engine_says", node=self.name, process=message["name"], line=message["line"])
 
     async def beat(self):
-        while clock() - self.last_heard < (SILENT_NODE_S if self.facts.done() else JOIN_TIMEOUT_S):
+        while clock() - self.last_heard < self.patience_s:
             self.write({"do": "beat"})
-            await asyncio.sleep(BEAT_S)
-        self.lose(f"silent for {show_duration(SILENT_NODE_S)}")
+            if await stalled(BEAT_S):
+                self.last_heard = clock()
+        self.lose(f"silent for {show_duration(self.patience_s)}")
+
+    @property
+    def patience_s(self):
+        return SILENT_NODE_S if self.facts.done() else self.join_timeout_s
 
     def write(self, message):
         with contextlib.suppress(ConnectionError, RuntimeError):
@@ -2272,6 +2428,9 @@ class Node:
         if self.lost.done():
             return
         self.lost.set_result(why)
+        if not self.closing:
+            said = log_tail(self.log_path)
+            self.tell("node_lost", node=self.name, why=why, **({"said": said[-1]} if said else {}))
         error = NodeLost(self.name, f"the node was lost: {why}", f"see {self.log_path}")
         for answer in [self.facts] + list(self.asked.values()):
             if not answer.done():
@@ -2290,6 +2449,10 @@ class Node:
         self.write({"id": number, "do": order, **details})
         return await answer
 
+    def hold(self, seconds):
+        """An agent that Slurm told to end: give the driver so long."""
+        self.write({"id": next(self.numbers), "do": "hold", "seconds": seconds})
+
     async def start(self, process):
         """Start a process; a future of its Exit."""
         self.exits[process.name] = ended = asyncio.get_running_loop().create_future()
@@ -2298,9 +2461,10 @@ class Node:
 
     async def close(self):
         """Let the agent end, and go on without it if it does not."""
+        self.closing = True
         self.write({"id": next(self.numbers), "do": "end"})
         try:
-            await within(5, self.channel.wait())
+            await within(0 if self.lost.done() else 5, self.channel.wait())
         except asyncio.TimeoutError:
             self.channel.kill()
             await self.channel.wait()
@@ -2310,24 +2474,26 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def agents(names, command, env, log_of, tell):
+async def agents(names, command, env, log_of, tell, join_timeout_s=120.0, enough=None):
     """An agent on each node, as `Node`s; on the way out they end, and all that they started.
 
-    `command(name)` is the argv that starts one."""
-    nodes = [Node(name, command(name), env, log_of(name), tell) for name in names]
+    `command(name)` is the argv that starts one. At least `enough` of them must come up, else all: a node that does
+    not join is named, and left out where the others can do without it."""
+    nodes = [Node(name, command(name), env, log_of(name), tell, join_timeout_s) for name in names]
     opened = []
     try:
         for node in nodes:
             await node.open()
             opened.append(node)
-        await asyncio.wait([node.facts for node in nodes], timeout=JOIN_TIMEOUT_S)
-        missing = [node for node in nodes if not node.facts.done() or node.facts.exception()]
-        if missing:
+        await asyncio.wait([node.facts for node in nodes])
+        joined = [node for node in nodes if not node.facts.exception()]
+        if len(joined) < (len(names) if enough is None else enough):
+            missing = [node for node in nodes if node not in joined]
             said = log_tail(missing[0].log_path)
-            raise ClusterError(", ".join(node.name for node in missing),
-                               f"no agent came up: {said[-1] if said else 'nothing was said'}",
-                               f"see {missing[0].log_path}; can the nodes see this folder and its Python?")
-        yield nodes
+            raise NodeLost(", ".join(node.name for node in missing),
+                           f"no agent came up: {said[-1] if said else 'nothing was said'}",
+                           f"see {missing[0].log_path}; can the nodes see this folder and its Python?")
+        yield joined
     finally:
         await asyncio.gather(*(node.close() for node in opened))
 
@@ -2599,11 +2765,13 @@ class Replica:
     """One group of nodes that runs the model once: its start, its watch, its end."""
 
     STARTS = 3  # a port that was free may be taken before the engine has it
+    RESTARTS, WITHIN_S = 3, 600.0  # an engine that dies more often has a reason that stays
 
     def __init__(self, number, engine, nodes, tell):
         self.number, self.engine, self.nodes, self.tell = number, engine, nodes, tell
         self.running = []  # (node, process, future of its Exit), in the order of their start
         self.client = None
+        self.deaths = []  # when it died, of late
 
     @property
     def head(self):
@@ -2634,7 +2802,25 @@ class Replica:
         await self.unless_failed(wait_until(
             f"{server.name} on {head.node.name} to be ready", self.answers_health,
             self.engine.config.engine.load_timeout, f"raise [engine] load_timeout, or see {server.log}"))
-        self.tell("ready", replica=self.number, load_s=round(clock() - started, 2))
+        self.tell("ready", replica=self.number, load_s=round(clock() - started, 2), host=head.address, port=head.port)
+
+    async def recover(self, error):
+        """Start the engine again after it died, or raise the error if it dies again and again."""
+        while True:
+            self.deaths = [death for death in self.deaths if clock() - death < self.WITHIN_S] + [clock()]
+            self.tell("engine_died", replica=self.number, why=str(error), times=len(self.deaths))
+            if len(self.deaths) > self.RESTARTS:
+                raise error
+            await self.stop()
+            await asyncio.sleep(4 ** (len(self.deaths) - 1) - 1)
+            try:
+                return await self.start()
+            except EngineFailed as failed:
+                error = failed
+
+    def forgive(self):
+        """Its last deaths were a prompt's doing, which will not be asked again."""
+        self.deaths.clear()
 
     async def place(self):
         """Ask the nodes what is installed, and find the addresses by which they reach each other."""
@@ -2681,7 +2867,8 @@ class Replica:
         done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         ended = next(iter(done)).result()
         if ended.code is None:
-            return EngineFailed("", str(ended), "the node failed or was taken away")
+            return NodeLost(ended.node, f"the node was lost, and {ended.process} with it",
+                            "it failed, or was taken away")
         return explain_failure(f"{ended.process} on {ended.node}", ended.tail, ended.how)
 
     async def unless_failed(self, work):
@@ -3240,7 +3427,7 @@ def journal_line(result):
 
 
 KEY_IN_LINE = re.compile(rb'\{"id": "batch_req_(\d+)_(\d+)_(\d+)"')
-OK_END = b'"ok": true}}\n'
+LINE_END, OK_END = b"}}", b'"ok": true}}'
 
 
 class Journal:
@@ -3253,7 +3440,7 @@ class Journal:
     WRITE_AFTER_S, SYNC_AFTER_S, AGAIN_AFTER_S = 0.05, 1.0, 1.0
 
     def __init__(self, run, life, tell=lambda event, **facts: None):
-        self.run, self.life, self.tell = run, life, tell
+        self.run, self.life, self.tell, self.disk = run, life, tell, run.disk
         self.segment, self.file = -1, -1
         self.lines, self.unsynced = [], []  # not written yet; written, but maybe not on the disk
         self.timer = self.syncing = None
@@ -3262,11 +3449,11 @@ class Journal:
 
     def open_segment(self):
         if self.file >= 0:
-            os.close(self.file)
+            with contextlib.suppress(OSError):  # an old fault may be told once more; its lines are in the new segment
+                self.disk.close(self.file)
             self.file = -1
         self.segment += 1
-        path = self.run.journal / f"{self.life}.{self.segment}.jsonl"
-        self.file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
+        self.file = self.disk.create(self.run.journal / f"{self.life}.{self.segment}.jsonl")
 
     def add(self, result):
         self.lines.append(journal_line(result))
@@ -3290,14 +3477,13 @@ class Journal:
         data = b"".join(self.lines)
         self.unsynced += [data] if data else []
         self.lines = []
-        while data:
-            data = data[os.write(self.file, data):]
+        self.disk.append(self.file, data)
 
     async def sync(self):
         await asyncio.sleep(self.SYNC_AFTER_S)
         segment, synced = self.segment, len(self.unsynced)
         try:
-            await asyncio.get_running_loop().run_in_executor(None, os.fsync, self.file)
+            await asyncio.get_running_loop().run_in_executor(None, self.disk.sync, self.file)
             if segment == self.segment and not self.trouble:
                 del self.unsynced[:synced]
         except OSError as error:
@@ -3320,7 +3506,7 @@ class Journal:
         try:
             self.open_segment()
             self.write_lines()
-            os.fsync(self.file)
+            self.disk.sync(self.file)
         except OSError as error:
             self.fail(error)
             return
@@ -3335,8 +3521,8 @@ class Journal:
         if self.trouble:
             self.open_segment()
         self.write_lines()
-        os.fsync(self.file)
-        os.close(self.file)
+        self.disk.sync(self.file)
+        self.disk.close(self.file)
 
 
 class Marks:
@@ -3345,23 +3531,58 @@ class Marks:
     A success comes before an error, then the first by life and place, so that whoever merges gets the same."""
 
     OPEN, FAILED, DONE = 0, 1, 2
+    NOWHERE = 2**64 - 1
+    READ_BYTES = 2**22
 
     def __init__(self, run, prompts):
-        self.prompts, self.paths = prompts, run.segments()
-        self.state, self.place = bytearray(len(prompts)), array.array("Q", bytes(8 * len(prompts)))
-        for segment, path in enumerate(self.paths):
-            with open(path, "rb") as file:
-                offset = 0
-                for line in file:
-                    match = KEY_IN_LINE.match(line)
-                    if match and line.endswith(b"}}\n"):  # else torn by a crash: it is asked again
-                        self.mark(tuple(map(int, match.groups())), line.endswith(OK_END), segment << 44 | offset)
-                    offset += len(line)
+        self.run, self.prompts = run, prompts
+        self.segments, self.read_to = [], []
+        self.state = bytearray(len(prompts))
+        self.place = array.array("Q", b"\xff" * 8 * len(prompts))  # NOWHERE
+        self.refresh()
+
+    def refresh(self):
+        """Read what the journals have gained since the last time."""
+        known = set(self.segments)
+        new = [segment for segment in self.run.segments() if segment not in known]
+        self.segments += new
+        self.read_to += [0] * len(new)
+        for index in range(len(self.segments)):
+            self.read(index)
+
+    def read(self, index):
+        """The whole lines that one journal has gained; one without an end was torn by a crash, or is still to come."""
+        most = self.READ_BYTES
+        while True:
+            data = self.run.disk.read(self.segments[index].path, self.read_to[index], most)
+            end = data.rfind(b"\n") + 1
+            if not end:
+                if len(data) < most:
+                    return
+                most *= 2  # a line longer than that
+            for line in data[:end].split(b"\n")[:-1]:
+                match = KEY_IN_LINE.match(line)
+                if match and line.endswith(LINE_END):  # else torn before: a new segment has it again
+                    self.mark(tuple(map(int, match.groups())), line.endswith(OK_END), index << 44 | self.read_to[index])
+                self.read_to[index] += len(line) + 1
 
     def mark(self, key, ok, place):
+        number, state = self.prompts.number(key), self.DONE if ok else self.FAILED
+        if number < len(self.state) and (state > self.state[number] or state == self.state[number]
+                                         and self.order(place) < self.order(self.place[number])):
+            self.state[number], self.place[number] = state, place
+
+    def order(self, place):
+        return (1,) if place == self.NOWHERE else (0, self.segments[place >> 44], place & (2**44 - 1))
+
+    def settle(self, key, ok):
+        """Count a result of our own at once; `refresh` finds its place when it is written."""
         number = self.prompts.number(key)
-        if number < len(self.state) and (not self.state[number] or ok and self.state[number] == self.FAILED):
-            self.state[number], self.place[number] = self.DONE if ok else self.FAILED, place
+        self.state[number] = max(self.state[number], self.DONE if ok else self.FAILED)
+
+    def forget_failures(self):
+        """Take failed prompts as not asked yet."""
+        self.state = self.state.replace(b"\1", b"\0")
 
     def count(self, state):
         return self.state.count(state)
@@ -3369,7 +3590,7 @@ class Marks:
     def lines(self, states):
         """(number, line) of each prompt in one of these states, in input order."""
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(path, "rb")) for path in self.paths]
+            files = [stack.enter_context(open(segment.path, "rb")) for segment in self.segments]
             for number, state in enumerate(self.state):
                 if state in states:
                     file = files[self.place[number] >> 44]
@@ -3406,12 +3627,12 @@ def error_text(body):
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 
-def write_results(run, config, prompts):
+def write_results(run, config, marks):
     """Write what the user asked for from the journals: results.jsonl in input order, errors.jsonl, and the shape
     that each source came in: a text file for each text file, a CSV with answer columns for a CSV."""
     folder = Path(config.results.folder) if config.results.folder else run.results
     folder.mkdir(parents=True, exist_ok=True)
-    marks = Marks(run, prompts)
+    prompts = marks.prompts
     for name, states in (("results.jsonl", (Marks.DONE,)), ("errors.jsonl", (Marks.FAILED,))):
         if name == "results.jsonl" or marks.count(Marks.FAILED):
             write_pieces(folder / name, (line for _, line in marks.lines(states)))
@@ -3423,7 +3644,7 @@ def write_results(run, config, prompts):
         write_texts(folder, config, prompts, marks)
     for number in (number for number, kind in enumerate(kinds) if kind == "csv"):
         write_csv(folder, config, prompts, marks, number)
-    return folder, marks
+    return folder
 
 
 def write_pieces(path, pieces):
@@ -3472,9 +3693,8 @@ def write_csv(folder, config, prompts, marks, wanted):
 class Tally:
     """Counts of the answers of a life, and whether they look like answers at all."""
 
-    def __init__(self, done=0):
-        self.done, self.failed, self.tokens = done, 0, 0
-        self.answers = self.empty = self.cut = 0
+    def __init__(self):
+        self.answers = self.failed = self.tokens = self.empty = self.cut = 0
         self.first, self.all_same = None, True
 
     def add(self, result):
@@ -3482,7 +3702,6 @@ class Tally:
             self.failed += 1
             return
         found = answer_of(result.answer)
-        self.done += 1
         self.tokens += found["completion_tokens"]
         self.answers += 1
         self.empty += not found["answer"].strip()
@@ -3506,32 +3725,182 @@ class Tally:
 # ═══════════════════════════════════════════════════════════════════════════════
 # 12 · Work
 #
-# Owns how prompts become results: who asks what when, retries, deadlines and the balance between
-# replicas. Knows nothing of files (prompts come from a function, results go to one) and nothing of
-# engines beyond a client, a number of prompts at a time, and a promise to say when they fail.
+# Owns how prompts become results: which of them are whose when drivers share a run, who asks what
+# when, retries, deadlines and the balance between replicas. The pump knows nothing of files (prompts
+# come from a function, results go to one) and nothing of engines beyond a client, a number of prompts
+# at a time, and a promise to say when they fail.
 # ═══════════════════════════════════════════════════════════════════════════════
 
 RETRY_STATUS = {408, 409, 425, 429}  # and all of 5xx: what can pass by itself
 MAX_ATTEMPTS = 6
 LAST_MOMENTS_S = 15.0  # before the job's end: for the last results and the teardown
 FOR_EVER_S = 30 * 86400.0
+LATER = -1  # no prompt to ask just now, but there may be one later
+
+
+def chunk_starts(total, jobs):
+    """Where each chunk of the prompts begins, and the end: large ones first, single prompts last, so that all
+    drivers end together. A run of one job is cut as for eight: others may join it."""
+    starts, parts = [0], 2 * max(jobs, 8)
+    while starts[-1] < total:
+        starts.append(starts[-1] + max(1, (total - starts[-1]) // parts))
+    return starts
+
+
+class Claims:
+    """Which prompts are this driver's to ask, among all drivers that share a run.
+
+    The journals are the truth; claims only keep drivers apart, and a claim too many costs some prompts asked twice.
+    CHUNK.GENERATION is a file that one driver gets by a link and nobody deletes. When no chunk is unclaimed, one with
+    prompts left is taken over, as its next generation, from an owner that is gone: it said so, it was an earlier life
+    of this job, its process is not there, or its beat has stood still for a minute of our own clock."""
+
+    BEAT_S, LOOK_S, STILL_S = 10.0, 2.0, 60.0
+    ENDED = b"ended"
+
+    def __init__(self, run, life, marks, starts, clock=clock):
+        self.run, self.life, self.marks, self.starts, self.clock = run, life, marks, starts, clock
+        self.mine = iter(())  # the prompts of the claimed chunk that are not given out yet
+        self.chunk = 0  # all before it are claimed by somebody
+        self.owners = {}  # (chunk, generation) → the life that has it
+        self.beats = {}  # life → its beat, and since when it stands there
+        self.count = 0
+        self.looked = -math.inf
+        self.beat()
+        self.generations = run.generations()
+
+    @property
+    def finished(self):
+        """Whether every prompt has a result, whoever got it."""
+        return self.marks.state.find(Marks.OPEN) < 0
+
+    def next(self):
+        """The number of the next prompt to ask; LATER when all are claimed, None when all have results."""
+        while True:
+            for number in self.mine:
+                if not self.marks.state[number]:
+                    return number
+            if self.claim_next():
+                continue
+            if self.finished:
+                return None
+            if self.clock() - self.looked < self.LOOK_S or not self.take_over():
+                return LATER
+
+    def claim_next(self):
+        """Claim the first chunk that nobody has."""
+        while self.chunk < len(self.starts) - 1:
+            chunk = self.chunk
+            self.chunk += 1
+            if chunk not in self.generations and self.open(chunk) and self.claim(chunk, 0):
+                return True
+        return False
+
+    def open(self, chunk):
+        return self.marks.state.find(Marks.OPEN, self.starts[chunk], self.starts[chunk + 1]) >= 0
+
+    def claim(self, chunk, generation):
+        """Whether we got it; a link that a file server did twice says "taken" for our own."""
+        path = self.run.claim_file(chunk, generation)
+        self.generations[chunk] = generation
+        if not self.run.disk.put_new(path, str(self.life).encode()) and self.owner(chunk, generation) != self.life:
+            self.generations.update(self.run.generations())
+            return False
+        self.owners[chunk, generation] = self.life
+        self.mine = iter(range(self.starts[chunk], self.starts[chunk + 1]))
+        return True
+
+    def take_over(self):
+        """Look at what the others have done, and claim a chunk that its owner left with prompts to ask."""
+        self.look()
+        for chunk, generation in sorted(self.generations.items()):
+            if self.open(chunk):
+                owner = self.owner(chunk, generation)
+                if owner != self.life and self.is_gone(owner) and self.claim(chunk, generation + 1):
+                    return True
+        return False
+
+    def look(self):
+        self.looked = self.clock()
+        self.marks.refresh()
+        self.generations.update(self.run.generations())
+
+    def owner(self, chunk, generation):
+        """The life that has a claim, or None while its file cannot be seen here yet."""
+        if (chunk, generation) not in self.owners:
+            said = self.run.disk.read(self.run.claim_file(chunk, generation)).decode()
+            if not said:
+                return None
+            self.owners[chunk, generation] = Life(*map(int, said.split(".")))
+        return self.owners[chunk, generation]
+
+    def is_gone(self, owner):
+        if owner and owner.job and owner.job == self.life.job and owner.restart < self.life.restart:
+            return True
+        beat = self.run.disk.read(self.run.beat_file(owner))
+        if beat == self.ENDED:
+            return True
+        _, host, pid, born = beat.decode().split() if beat else ("", "", "0", "0")
+        if host == socket.gethostname() and process_birth(int(pid)) != int(born):
+            return True
+        if self.beats.get(owner, (None, 0))[0] != beat:
+            self.beats[owner] = beat, self.clock()
+        return self.clock() - self.beats[owner][1] > self.STILL_S
+
+    def beat(self):
+        """Show the others that we live."""
+        self.count += 1
+        pid = os.getpid()
+        with contextlib.suppress(OSError):  # a full disk costs a takeover at most
+            self.run.disk.put(self.run.beat_file(self.life),
+                              f"{self.count} {socket.gethostname()} {pid} {process_birth(pid)}".encode())
+
+    def end(self):
+        """What is left of our chunks is anybody's from now on."""
+        with contextlib.suppress(OSError):
+            self.run.disk.put(self.run.beat_file(self.life), self.ENDED)
+
+    def all_with_others(self):
+        """Whether all that has no result is claimed by drivers that live: nothing is left for this job."""
+        self.look()
+        owners = [self.owner(chunk, self.generations[chunk]) if chunk in self.generations else self.life
+                  for chunk in range(len(self.starts) - 1) if self.open(chunk)]
+        return all(owner != self.life and not self.is_gone(owner) for owner in owners)
+
+
+class Reply(NamedTuple):
+    """What came of one attempt at a prompt."""
+
+    status: int
+    body: bytes = b""
+    answer: Dict[str, Any] = {}
+    error: Optional[Dict[str, str]] = None
+    wait_s: float = 0.0  # how long the engine wants to be left alone
 
 
 class Pump:
     """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop.
 
-    A replica takes its next prompt when it has room, so a faster one takes more; no other balance is needed."""
+    A replica takes its next prompt when it has room, so a faster one takes more; no other balance is needed.
+    `next_number()` gives a prompt's number, LATER, or None for ever."""
 
-    def __init__(self, numbers, read, finish, ends_at, held=lambda: ""):
-        self.numbers, self.read, self.finish = iter(numbers), read, finish
+    DEATH_NOTICE_S = 3.0  # a broken connection is known so much sooner than its engine's death
+    DEATH_PAUSE_S = 2.0  # an engine that ended because its job does is no crash: that is known by then
+
+    def __init__(self, next_number, read, finish, ends_at, held=lambda: ""):
+        self.next_number, self.read, self.finish = next_number, read, finish
         self.ends_at, self.held = ends_at, held
         self.again = collections.deque()  # (prompt, attempts so far) to ask once more
-        self.timers = set()  # of those whose time to be asked once more has not come
+        self.timers = {}  # key → (timer, prompt, attempts) of those whose time to be asked once more has not come
         self.waiting = collections.deque()  # workers with nothing to do while others' prompts may come back
         self.unfinished = 0  # taken from the input and not finished
         self.exhausted = self.draining = False
         self.first_sent = None
         self.usual_s = 0.0  # how long a prompt takes: a moving average of the answered ones
+        self.at_risk = {}  # replica → {key: since when}: under way there, or its connection broke a moment ago
+        self.deaths = collections.Counter()  # key → how many engines died while it was under way
+        self.suspects = collections.deque()  # (prompt, attempts) to ask alone: two engines died with it under way
+        self.alone = {}  # replica → the suspect that it is asked
 
     async def run(self, pairs):
         """Work with each replica from the moment it is ready; fails when the last one has."""
@@ -3556,9 +3925,28 @@ class Pump:
         return (self.exhausted or self.draining) and not self.unfinished
 
     async def work_with(self, replica, start):
+        """Ask one replica until all is done, and again after each time that it dies and comes back."""
         await asyncio.shield(start)
-        workers = [self.worker(replica) for _ in range(replica.engine.in_flight)]
-        await replica.unless_failed(first_failure(*workers))
+        while True:
+            self.at_risk[replica.number] = {}
+            try:
+                return await replica.unless_failed(self.serve(replica))
+            except EngineFailed as error:
+                since = clock() - self.DEATH_NOTICE_S
+                await asyncio.sleep(self.DEATH_PAUSE_S)
+                self.blame(replica, since)
+                try:
+                    await replica.recover(error)
+                except ClusterError:
+                    self.again.extend(self.suspects)  # whoever is left must ask them
+                    self.suspects.clear()
+                    self.wake_all()
+                    raise
+
+    async def serve(self, replica):
+        while self.suspects:
+            await self.ask_alone(replica, *self.suspects.popleft())
+        await first_failure(*(self.worker(replica) for _ in range(replica.engine.in_flight)))
 
     async def worker(self, replica):
         while True:
@@ -3582,9 +3970,10 @@ class Pump:
             return self.again.popleft()
         if self.exhausted or self.draining:
             return None
-        number = next(self.numbers, None)
+        number = self.next_number()
         if number is None:
             self.exhausted = True
+        if number is None or number == LATER:
             return None
         self.unfinished += 1
         return self.read(number), 0
@@ -3604,52 +3993,101 @@ class Pump:
 
     async def ask(self, replica, prompt, attempts):
         """One attempt at a prompt: a result, or another attempt later."""
-        began, wait_s = clock(), 0.0
-        self.first_sent = self.first_sent or began
+        began, risked = clock(), self.at_risk[replica.number]
+        risked[prompt.key] = math.inf
         try:
-            message = await replica.client.request("POST", prompt.url, prompt.body,
-                                                   min(self.ends_at - LAST_MOMENTS_S - began, FOR_EVER_S))
-            status, body, answer, error = judge(message)
-            wait_s = 0.0 if status == 200 else retry_after(message.headers)
+            reply = await self.attempt(replica, prompt, began)
         except asyncio.CancelledError:
             self.put_back(prompt, attempts)  # its replica failed, or the run is stopping: it was not answered
             raise
         except Unreachable:
+            del risked[prompt.key]
             self.put_back(prompt, attempts)  # nothing was asked: the engine may be about to end, or overrun
             return await asyncio.sleep(0.05)
+        if reply.status or reply.error["code"] != "connection":
+            del risked[prompt.key]
+        else:
+            risked[prompt.key] = clock()
+        self.settle(replica, prompt, attempts + 1, reply, began)
+
+    async def attempt(self, replica, prompt, began):
+        self.first_sent = self.first_sent or began
+        try:
+            message = await replica.client.request("POST", prompt.url, prompt.body,
+                                                   min(self.ends_at - LAST_MOMENTS_S - began, FOR_EVER_S))
+        except Unreachable:
+            raise
         except WireError as broken:
-            status, body, answer, error = 0, b"", {}, {"code": "connection", "message": str(broken)}
-        took, attempts = clock() - began, attempts + 1
-        if status == 200:
+            return Reply(0, error={"code": "connection", "message": str(broken)})
+        status, body, answer, error = judge(message)
+        return Reply(status, body, answer, error, 0.0 if status == 200 else retry_after(message.headers))
+
+    def settle(self, replica, prompt, attempts, reply, began):
+        """Make a result of a reply, or ask once more where that may help."""
+        took = clock() - began
+        if reply.status == 200:
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
-        elif can_pass(status, answer) and (attempts < MAX_ATTEMPTS or self.draining):
-            delay = max(wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
+        elif can_pass(reply.status, reply.answer) and (attempts < MAX_ATTEMPTS or self.draining):
+            delay = max(reply.wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.later(delay, prompt, attempts)
             return
         self.unfinished -= 1
-        self.finish(Result(prompt, status, body, answer, error, began + CLOCK_TO_DATE, took, attempts, replica.number))
-        if self.finished:
+        self.finish(Result(prompt, reply.status, reply.body, reply.answer, reply.error, began + CLOCK_TO_DATE, took,
+                           attempts, replica.number))
+        if self.finished or self.waiting:
             self.wake_all()
 
     def later(self, delay_s, prompt, attempts):
         """Ask once more after a while; the slot is free meanwhile."""
         def now():
-            self.timers.discard(timer)
+            del self.timers[prompt.key]
             self.put_back(prompt, attempts)
         if self.draining:
             return self.put_back(prompt, attempts)
-        timer = asyncio.get_running_loop().call_later(delay_s, now)
-        self.timers.add(timer)
+        self.timers[prompt.key] = asyncio.get_running_loop().call_later(delay_s, now), prompt, attempts
 
     def drain(self):
         """Let the prompts under way finish; take no new ones, and none once more."""
         self.draining = True
-        for timer in self.timers:
+        for timer, _, _ in self.timers.values():
             timer.cancel()
-        self.unfinished -= len(self.again) + len(self.timers)
-        self.again.clear()
-        self.timers.clear()
+        for left in (self.again, self.timers, self.suspects):
+            self.unfinished -= len(left)
+            left.clear()
         self.wake_all()
+
+    def blame(self, replica, since):
+        """An engine died. What was under way in two such deaths is asked alone, which tells the one from the others."""
+        culprit = self.alone.pop(replica.number, None)
+        if culprit:
+            prompt, attempts, began = culprit
+            replica.forgive()
+            error = {"code": "engine_died", "message": "in flight when the engine died, also when it was asked alone"}
+            self.unfinished -= 1
+            self.finish(Result(prompt, 0, b"", {}, error, began + CLOCK_TO_DATE, clock() - began, attempts + 1,
+                               replica.number))
+        suspected = {key for key, broke in self.at_risk[replica.number].items() if broke > since}
+        self.deaths.update(suspected)
+        suspected = {key for key in suspected if self.deaths[key] >= 2}
+        for key in suspected & set(self.timers):
+            timer, prompt, attempts = self.timers.pop(key)
+            timer.cancel()
+            self.again.append((prompt, attempts))
+        self.suspects.extend(item for item in self.again if item[0].key in suspected)
+        self.again = collections.deque(item for item in self.again if item[0].key not in suspected)
+
+    async def ask_alone(self, replica, prompt, attempts):
+        """Ask a suspect while nothing else is under way at this replica."""
+        began = clock()
+        self.alone[replica.number] = prompt, attempts, began
+        try:
+            reply = await self.attempt(replica, prompt, began)
+        except Unreachable as broken:
+            reply = Reply(0, error={"code": "connection", "message": str(broken)})
+        if not reply.status:
+            await asyncio.sleep(self.DEATH_NOTICE_S)
+        del self.alone[replica.number]
+        self.settle(replica, prompt, attempts + 1, reply, began)
 
 
 def can_pass(status, answer):
@@ -3736,15 +4174,15 @@ class Allocation(NamedTuple):
     nodes: List[str]
     gpus: Dict[str, str]  # what to ask srun for on each node
     ends_at: float  # by the clock; math.inf without a limit
-    share: Tuple[int, int]  # which part of the prompts is this job's, of how many
     in_step: bool  # inside a step already, so that agents must overlap it
+    submitted: int  # the id that sbatch gave: of an array its own, which is not its tasks'
 
 
 def find_allocation(environ, nodes_wanted):
     """What Slurm gave this job; without Slurm, agents on this machine stand for the nodes."""
     if "SLURM_JOB_ID" not in environ:
         names = [socket.gethostname()] if nodes_wanted == 1 else [f"local{n + 1}" for n in range(nodes_wanted)]
-        return Allocation(0, 0, names, {}, math.inf, (0, 1), False)
+        return Allocation(0, 0, names, {}, math.inf, False, 0)
     if "SLURM_HET_SIZE" in environ:
         raise UserError("this job", "is a heterogeneous job", "submit a plain one: llmrun places its parts by itself")
     detail = Slurm(environ).detail(environ["SLURM_JOB_ID"])
@@ -3755,8 +4193,7 @@ def find_allocation(environ, nodes_wanted):
     return Allocation(
         job=int(environ["SLURM_JOB_ID"]), restart=int(environ.get("SLURM_RESTART_COUNT", 0)),
         nodes=nodes[:nodes_wanted], gpus=gpus_of_nodes(detail), ends_at=end_of_job(environ, detail),
-        in_step="SLURM_STEP_ID" in environ,
-        share=(int(environ.get("SLURM_ARRAY_TASK_ID", 0)), int(environ.get("SLURM_ARRAY_TASK_COUNT", 1))))
+        in_step="SLURM_STEP_ID" in environ, submitted=int(environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"])))
 
 
 def gpus_of_nodes(detail):
@@ -3776,42 +4213,78 @@ def end_of_job(environ, detail):
     return clock() + int(end) - time.time() if end else math.inf
 
 
+class Ending(NamedTuple):
+    """How a life ended, and what that means for the work that is left."""
+
+    code: int
+    why: str = ""
+    go_on: bool = False  # by another life of this job, or another job
+    without: Tuple[str, ...] = ()  # nodes that it should not be given again
+
+
 class Orders:
-    """The signals of one life: what they mean, and which of them ended it."""
+    """What Slurm and users tell a life to do, by signals to it or to its agents."""
 
-    def __init__(self, tell):
-        self.tell, self.driver, self.pump = tell, asyncio.current_task(), None
-        self.exit_code = None
+    EARLY_S = 90.0  # Slurm's warning comes up to half a minute sooner than asked for
+
+    def __init__(self, run, config, allocation, tell):
+        self.run, self.config, self.allocation, self.tell = run, config, allocation, tell
+        self.driver, self.loop = asyncio.current_task(), asyncio.get_running_loop()
+        self.pump, self.nodes, self.ending, self.asking = None, [], None, None
         self.agent_termed = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self.stop, WORK_LEFT, "told to end (SIGTERM)")
-        loop.add_signal_handler(signal.SIGHUP, self.stop, WORK_LEFT, "the terminal was closed")
-        loop.add_signal_handler(signal.SIGINT, self.stop, INTERRUPTED, "interrupted")
-        loop.add_signal_handler(signal.SIGUSR1, self.time_is_short)
+        stopping = [(signal.SIGTERM, WORK_LEFT, "told to end (SIGTERM)"), (signal.SIGINT, INTERRUPTED, "interrupted"),
+                    (signal.SIGHUP, WORK_LEFT, "the terminal was closed")]
+        for number, code, why in stopping:
+            self.loop.add_signal_handler(number, self.stop, Ending(code, why))
+        self.loop.add_signal_handler(signal.SIGUSR1, self.on_warning)
 
-    def stop(self, exit_code, why):
+    def stop(self, ending):
         """End now: unwind everything. Both TERM and INT may come twice; the first one counts."""
-        if self.exit_code is None:
-            self.exit_code = exit_code
-            self.tell("stopping", why=why)
+        if self.ending is None:
+            self.ending = ending
+            self.tell("stopping", why=ending.why)
             self.driver.cancel()
 
-    def time_is_short(self):
-        """Slurm's early warning: finish what is under way and ask nothing new."""
-        self.tell("time_is_short")
+    def on_warning(self):
+        """USR1: Slurm's word that time is short, which we know already, or a user's that running prompts may finish."""
+        if self.run.stop.exists() or not self.allocation.ends_at - clock() < self.config.slurm.grace + self.EARLY_S:
+            self.tell("draining")
+            self.drain("told to finish what is under way (SIGUSR1)", go_on=not self.run.stop.exists())
+
+    def time_is_up(self):
+        """What is left of the job's time is for the teardown. Prompts that would not end before it were not asked."""
+        self.drain("the time limit came before the engine was ready: raise [slurm] time", go_on=True)
+
+    def drain(self, why, go_on):
         if self.pump and self.pump.first_sent:
             self.pump.drain()
         else:
-            self.stop(WORK_LEFT, "the time limit is near and the engine is not ready")
+            self.stop(Ending(WORK_LEFT, why, go_on))
+
+    def on_agent_term(self):
+        """Slurm ends our steps. Preempting with grace, it tells the agents first and this driver nothing."""
+        self.agent_termed.set()
+        if self.asking is None and self.allocation.job:
+            self.asking = asyncio.ensure_future(self.ask_why())
+
+    async def ask_why(self):
+        for node in self.nodes:
+            node.hold(30)
+        detail = await self.detail()
+        if re.search(r"\bPreemptTime=\d", detail) and "JobState=RUNNING" in detail:
+            self.stop(Ending(WORK_LEFT, "preempted: a job of higher priority gets the nodes", go_on=True))
+
+    async def detail(self):
+        return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.allocation.job)
 
     async def meant_to_end(self):
         """Whether Slurm is ending the job: its TERM may reach an engine a moment before it reaches us."""
         with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
             await within(0.5, self.agent_termed.wait())
-        return self.agent_termed.is_set() or self.exit_code is not None
+        return self.agent_termed.is_set() or self.ending is not None
 
 
-def drive(run, allocation, shape=0):
+def drive(run, allocation, shape=0, failed_again=False):
     """One life of a driver, from its first event to its last; its exit code."""
     config = run.config(shape)
     life = run.new_life(allocation.job, allocation.restart)
@@ -3825,104 +4298,207 @@ def drive(run, allocation, shape=0):
     gc.set_threshold(20000, 20, 100)
     tell("start", job=allocation.job, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
          born=process_birth(os.getpid()), python=sys.version.split()[0])
-    journal, tally, prompts, why = Journal(run, life, tell), Tally(), None, ""
+    journal, tally, claims, ending = Journal(run, life, tell), Tally(), None, Ending(DONE)
     try:
         prompts = Input.load(run, config, model_name(config))
-        state = Marks(run, prompts).state
-        tally.done = state.count(Marks.DONE)
-        numbers = array.array("Q", (number for number in share_of(range(len(prompts)), *allocation.share)
-                                    if state[number] != Marks.DONE))
-        code = DONE
-        if numbers:
-            code = asyncio.run(live(run, config, life, allocation, prompts, numbers, journal, tally, tell))
+        claims = Claims(run, life, Marks(run, prompts), chunk_starts(len(prompts), run.config().slurm.jobs))
+        if failed_again:
+            claims.marks.forget_failures()
+        if not claims.finished:
+            ending = asyncio.run(live(run, config, life, allocation, prompts, claims, journal, tally, tell))
     except UserError as error:
-        code, why = error.exit_code, str(error)
+        ending = Ending(error.exit_code, str(error))
     except OSError as error:
-        code, why = CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}"
+        ending = Ending(CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}")
     except Exception as error:  # a fault of ours must not cost the results; the job's output has the rest
         traceback.print_exc()
-        code, why = CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it"
+        ending = Ending(CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it")
     for late in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(late, signal.SIG_IGN)  # signals come twice; what is left is quick and must be whole
-    code, why = save(run, config, prompts, journal, tally, code, why)
-    tell("end", code=code, why=why, done=tally.done, failed=tally.failed)
-    return code
+    facts = finish(run, config, life, allocation, shape, journal, tally, claims, ending)
+    tell("end", **facts)
+    return facts["code"]
 
 
-def process_birth(pid):
-    """A process's start time in clock ticks: with the pid it names one process for ever."""
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    return 0
-
-
-def save(run, config, prompts, journal, tally, code, why):
-    """Flush the journal and write the results; what cannot be written, or hardly is an answer, changes the verdict."""
-    doubt = tally.doubt() if code in (DONE, SOME_FAILED) else ""
-    if tally.answers and tally.empty == tally.answers and code == DONE:
-        code = SOME_FAILED
+def finish(run, config, life, allocation, shape, journal, tally, claims, ending):
+    """Flush the journal, then merge if all is done, or see that somebody goes on; the facts of the end."""
+    code, why, following = ending.code, ending.why, ""
     try:
         journal.close()
-        folder = write_results(run, config, prompts)[0] if prompts else run.results
-        write_file(run.summary, json.dumps({
-            "exit_code": code, "why": why or doubt, "answered": tally.done, "failed": tally.failed,
-            "completion_tokens": tally.tokens, "empty": tally.empty, "cut_off": tally.cut,
-            "results": str(folder)}, indent=1) + "\n")
+        if claims:
+            claims.end()
+            claims.marks.refresh()
+        if claims and claims.finished:
+            code = SOME_FAILED if claims.marks.count(Marks.FAILED) else DONE
+            why = tally.doubt()
+            if tally.answers and tally.empty == tally.answers:
+                code = SOME_FAILED
+        elif claims:
+            code, why, following = go_on(run, config, life, allocation, shape, claims, ending)
+        if not following:
+            save(run, config, claims, code, why)
     except OSError as error:
-        return CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py results`"
-    return code, why or doubt
+        code = CLUSTER_FAILED
+        why = f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py resume {run.name}`"
+    done, failed = (claims.marks.count(Marks.DONE), claims.marks.count(Marks.FAILED)) if claims else (0, 0)
+    return {"code": code, "why": why, "next": following, "done": done, "failed": failed,
+            "answered": tally.answers, "own_failed": tally.failed}
+
+
+def save(run, config, claims, code, why):
+    """Write the results and the counts, if no other driver has just done so; whoever is first ends what waits."""
+    if not claims:
+        return
+    found = {"exit_code": code, "why": why, "answered": claims.marks.count(Marks.DONE),
+             "failed": claims.marks.count(Marks.FAILED)}
+    with contextlib.suppress(OSError, ValueError):
+        if code in (DONE, SOME_FAILED) and json.loads(run.summary.read_text()).items() >= found.items():
+            return
+    folder = write_results(run, config, claims.marks)
+    tokens = sum(run.progress(life).get("tokens", 0) for life in run.lives())
+    write_file(run.summary, json.dumps({**found, "completion_tokens": tokens, "results": str(folder)}, indent=1) + "\n")
+    if code in (DONE, SOME_FAILED) and run.submitted():
+        with contextlib.suppress(ClusterError):
+            Slurm(os.environ).cancel(" ".join(map(str, run.submitted())), "--state=PENDING")
+
+
+MAX_FRUITLESS = 3  # lives in a row that answered nothing: the next would not, either
+
+
+def go_on(run, config, life, allocation, shape, claims, ending):
+    """(exit code, why, how it goes on): by a requeue, by a successor, or by others that are at it already."""
+    code, why = ending.code, ending.why
+    submit = run.submits().get(allocation.submitted, {})
+    if run.stop.exists() or "shape" not in submit:  # a shell's own job, or one that its user wants to end
+        return code, why, ""
+    if not ending.go_on and code == WORK_LEFT:
+        why, may, following = after_term(allocation.job)
+        if not may:
+            return code, why, following
+    elif not ending.go_on:
+        return code, why, ""
+    if claims.all_with_others():
+        return WORK_LEFT, f"{why}; the other jobs do the rest", "others"
+    if not config.slurm.requeue:
+        return code, f"{why}; [slurm] requeue is off: `python llmrun.py resume {run.name}` goes on", ""
+    if fruitless_lives(run, life) >= MAX_FRUITLESS:
+        return code, f"{why}; {MAX_FRUITLESS} starts in a row answered nothing, so this was the last", ""
+    slurm = Slurm(os.environ)
+    refused = "" if ending.without else slurm.requeue(allocation.job)
+    if not ending.without and not refused:
+        return WORK_LEFT, why, "requeued"
+    without = sorted({*submit.get("without", ()), *ending.without, *expand_hostlist(config.slurm.exclude)})
+    options = [f"--exclude={','.join(without)}"] * bool(without) + ["--array=0"] * (config.slurm.jobs > 1)
+    try:
+        job = job_id_in(slurm.submit(config, run.job_script(shape), "--parsable", *options))
+    except UserError as error:
+        refused = f"{refused or 'a new job was refused'} ({error.what})"
+        return code, f"{why}; {refused}: `python llmrun.py resume {run.name}` goes on", ""
+    run.record_submit(job, shape=shape, after=life, without=without)
+    return WORK_LEFT, why + (f"; Slurm would not requeue it ({refused})" if refused else ""), f"job {job}"
+
+
+def after_term(job):
+    """(why, whether to go on by ourselves, how it goes on else) for a job that Slurm ended by TERM."""
+    detail = Slurm(os.environ).detail(job)
+    state = (re.search(r"\bJobState=(\w+)", detail) or ["", ""])[1]
+    if state in ("PREEMPTED", "TIMEOUT"):
+        return ENDINGS[state], True, ""
+    if state in ("PENDING", "REQUEUED"):
+        return "Slurm gave its nodes to another job", False, "requeued"
+    return ENDINGS.get(state, "told to end (SIGTERM)"), False, ""
+
+
+def fruitless_lives(run, life):
+    """How many lives in a row have answered nothing, up to this one, of this job and those that it goes on for."""
+    lives = run.lives()
+    earlier = [other for other in lives if other.job == life.job and other <= life]
+    after = run.submits().get(life.job, {}).get("after")
+    count = 0
+    for other in sorted(earlier, reverse=True):
+        if run.progress(other).get("answers"):
+            return count
+        count += 1
+    return count + (fruitless_lives(run, Life(*after)) if after else 0)
 
 
 ENGINE_LINES = 200  # of an engine's log are told in the events of a life
 
 
-async def live(run, config, life, allocation, prompts, numbers, journal, tally, tell):
+async def live(run, config, life, allocation, prompts, claims, journal, tally, tell):
     """The story of a job: agents, engine, every prompt, and back."""
     def told(event, **facts):
         if event == "engine_says" and next(engine_lines) >= ENGINE_LINES:
             return  # the engine's start is worth telling; later its log speaks of every prompt
         tell(event, **facts)
         if event == "term":
-            orders.agent_termed.set()
+            orders.on_agent_term()
+        elif event == "node_lost":
+            lost.append(facts["node"])
+        elif event == "ready":
+            publish_endpoint(run, config, facts)
 
-    def finish(result):
+    def keep(result):
         journal.add(result)
         tally.add(result)
+        claims.marks.settle(result.prompt.key, result.ok)
 
-    orders, engine_lines = Orders(tell), itertools.count()
-    pump = Pump(numbers, prompts.prompt, finish, allocation.ends_at, lambda: journal.trouble)
+    orders, lost, engine_lines = Orders(run, config, allocation, tell), [], itertools.count()
+    pump = Pump(claims.next, prompts.prompt, keep, allocation.ends_at, lambda: journal.trouble)
+    size = len(allocation.nodes) // config.engine.replicas
     try:
-        async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(),
-                          lambda name: run.logs_of(life) / f"{name}-agent.log", told) as nodes:
+        async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(config),
+                          lambda name: run.logs_of(life) / f"{name}-agent.log", told, config.slurm.join_timeout,
+                          enough=size if config.engine.replicas > 1 else None) as nodes:
             tell("agents_up", nodes=len(nodes))
-            groups = split_groups(nodes, config.engine.replicas)
-            engine = ENGINES[config.engine.name](config, run, life, len(groups[0]))
-            async with replicas(engine, groups, told) as pairs, endpoint(run, config, pairs), progress(
-                    pump, journal, tally, len(prompts), tell):
+            orders.nodes = nodes
+            engine = ENGINES[config.engine.name](config, run, life, size)
+            async with replicas(engine, split_groups(nodes, size), told) as pairs, endpoint(run), tending(
+                    claims, pump, orders), progress(pump, journal, tally, claims.marks, tell):
                 orders.pump = pump
                 await pump.run(pairs)
-                tell("answered", done=tally.done, failed=tally.failed)
+                tell("answered", done=claims.marks.count(Marks.DONE), failed=claims.marks.count(Marks.FAILED))
     except asyncio.CancelledError:
-        if tally.answers + tally.failed < len(numbers):
-            return orders.exit_code
+        return orders.ending
+    except NodeLost as error:
+        if await orders.meant_to_end():
+            return orders.ending or Ending(WORK_LEFT, "told to end (SIGTERM)")
+        return Ending(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
     except ClusterError:
         if await orders.meant_to_end():
-            return orders.exit_code or WORK_LEFT
+            return orders.ending or Ending(WORK_LEFT, "told to end (SIGTERM)")
         raise
-    if tally.answers + tally.failed < len(numbers):
-        return WORK_LEFT
-    return SOME_FAILED if tally.failed else DONE
+    return Ending(WORK_LEFT, "the time limit came", go_on=True)
 
 
-def split_groups(nodes, count):
-    """Equal groups of neighbours, one for each replica."""
-    size = len(nodes) // count
-    return [nodes[number * size:(number + 1) * size] for number in range(count)]
+def split_groups(nodes, size):
+    """Equal groups of neighbours, one for each replica; nodes that are too few for one more rest."""
+    return [nodes[first:first + size] for first in range(0, len(nodes) - size + 1, size)]
 
 
-def share_of(rows, number, count):
-    """One job's rows of an array's: neighbours stay together."""
-    return rows[len(rows) * number // count:len(rows) * (number + 1) // count]
+@contextlib.asynccontextmanager
+async def tending(claims, pump, orders):
+    """While the pump works: beats, a look for work that others left, an eye on the time."""
+    async def tend():
+        beaten = clock()
+        while True:
+            if await stalled(claims.LOOK_S) and orders.allocation.job:  # suspended, maybe: then the end has moved
+                pump.ends_at = end_of_job({}, await orders.detail())
+            if clock() - beaten > claims.BEAT_S:
+                beaten = clock()
+                claims.beat()
+                if not pump.first_sent:
+                    claims.look()
+            if clock() > pump.ends_at - LAST_MOMENTS_S:
+                orders.time_is_up()
+            elif not pump.first_sent and claims.finished:
+                orders.stop(Ending(DONE, "the other jobs have answered all"))
+            pump.wake_all()
+    task = asyncio.ensure_future(tend())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def agent_starter(run, allocation):
@@ -3932,45 +4508,47 @@ def agent_starter(run, allocation):
     return command
 
 
-def agent_environment():
-    return without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
+def agent_environment(config):
+    environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
+    if config.slurm.requeue and "SLURM_JOB_ID" in environment:
+        environment["LLMRUN_REQUEUE"] = "1"
+    return environment
+
+
+def publish_endpoint(run, config, ready):
+    """endpoint.json tells other programs where the model answers."""
+    with contextlib.suppress(OSError):
+        write_file(run.endpoint, json.dumps({
+            "url": f"http://{ready['host']}:{ready['port']}/v1", "model": model_name(config),
+            "key_file": str(run.key_file)}) + "\n", 0o600)
 
 
 @contextlib.asynccontextmanager
-async def endpoint(run, config, pairs):
-    """endpoint.json tells other programs where the model answers, for as long as it does."""
-    async def publish():
-        for replica, start in pairs:
-            await asyncio.shield(start)
-            url = f"http://{replica.client.host}:{replica.client.port}/v1"
-            write_file(run.endpoint, json.dumps({
-                "url": url, "model": model_name(config), "key_file": str(run.key_file)}) + "\n", 0o600)
-            return
-    publishing = asyncio.ensure_future(publish())
+async def endpoint(run):
+    """No endpoint.json outlives its engine."""
     try:
         yield
     finally:
-        publishing.cancel()
-        await asyncio.gather(publishing, return_exceptions=True)
         with contextlib.suppress(OSError):
             run.endpoint.unlink()
 
 
 @contextlib.asynccontextmanager
-async def progress(pump, journal, tally, total, tell):
+async def progress(pump, journal, tally, marks, tell):
     """A progress event whenever the counts changed: often at first, at most every 10 s later."""
     began = clock()
 
     def report():
         journal.write()  # what is counted is on disk
-        tell("progress", done=tally.done, failed=tally.failed, total=total, tokens=tally.tokens,
-             answers=tally.answers + tally.failed, working_s=round(clock() - (pump.first_sent or clock()), 2))
+        tell("progress", done=marks.count(Marks.DONE), failed=marks.count(Marks.FAILED), total=len(marks.state),
+             tokens=tally.tokens, answers=tally.answers + tally.failed, own_failed=tally.failed,
+             working_s=round(clock() - (pump.first_sent or clock()), 2))
 
     async def keep_reporting():
         told = -1
         while True:
-            if tally.done + tally.failed != told:
-                told = tally.done + tally.failed
+            if tally.answers + tally.failed != told:
+                told = tally.answers + tally.failed
                 report()
             await asyncio.sleep(min(10.0, max(0.2, (clock() - began) / 100)))
     reporting = asyncio.ensure_future(keep_reporting())
@@ -4030,14 +4608,18 @@ class Prepared(NamedTuple):
 def prepare(config_path, overrides):
     """Everything that can be known to be wrong before anything is made."""
     config, notes = read_config(config_path, overrides)
+    config, plan = check_shape(config)
+    return Prepared(config, notes, plan, freeze(config, model_name(config), scan_progress))
+
+
+def check_shape(config):
+    """The config with its nodes planned, and the plan; an error where its jobs could not run."""
     time_limit_minutes(config)
     plan = plan_nodes(config)
     check_engine_path(config)
     check_output(config)
     check_replicas(config, plan.nodes)
-    prompts = freeze(config, model_name(config), scan_progress)
-    config = dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes))
-    return Prepared(config, notes, plan, prompts)
+    return dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes)), plan
 
 
 def scan_progress(done, total):
@@ -4075,10 +4657,11 @@ def check_output(config):
             raise config.error("slurm.output", f"{folder}: {os_reason(error)}", "name a folder that you may write to")
 
 
-def script_for(config, run, python=sys.executable):
-    """The job.sh of a run."""
+def script_for(config, run, shape=0, failed_again=False):
+    """The job.sh of a run's shape."""
     output = config.slurm.output or str(run.logs / "slurm-%j.out").replace("%", "%%").replace("%%j", "%j")
-    return job_script(config, config.slurm.nodes, output, frozen_command(run.folder, "drive", run.folder), python)
+    words = ["drive", run.folder] + ["--shape", shape] * bool(shape) + ["--failed"] * failed_again
+    return job_script(config, config.slurm.nodes, output, frozen_command(run.folder, *words), sys.executable)
 
 
 def make_run(prepared):
@@ -4178,6 +4761,8 @@ def preview_engine(config):
 
 
 def command_submit(args):
+    if args.join:
+        return join(args, find_run(argparse.Namespace(run=args.join, runs=args.runs)))
     prepared = prepare(args.config, args.set)
     config = prepared.config
     if args.dry_run:
@@ -4193,7 +4778,7 @@ def command_submit(args):
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
     job = job_id_in(said)
-    run.record_submit(job)
+    run.record_submit(job, shape=0)
     if args.json:
         say_json({"job": job, "run": str(run.folder)})
     else:
@@ -4207,28 +4792,73 @@ def command_submit(args):
     return DONE
 
 
-def job_id_in(said):
-    """The id in what `sbatch --parsable` says: "194" or "194;cluster", maybe below a site's own words."""
-    ids = re.findall(r"^(\d+)(?:;\S+)?$", said, re.MULTILINE)
-    if not ids:
-        raise ClusterError("sbatch", f"accepted the job but did not tell its id: {said}", "`squeue --me` shows it")
-    return int(ids[-1])
+def join(args, run, failed_again=False, alone=True):
+    """One more submit for a run: in its latest shape, or in a new one with other settings. `alone` is a single job."""
+    shape = run.shapes()[-1]
+    config = run.config(shape)
+    Input.load(run, config, model_name(config))  # the prompts are what they were
+    options = ["--array=0"] * (alone and config.slurm.jobs > 1)
+    if args.set or failed_again:
+        config, _ = check_shape(other_shape(run, shape, args.set))
+        shape, options = shape + 1, []
+        freeze_shape(run, shape, config, script_for(config, run, shape, failed_again))
+    with contextlib.suppress(FileNotFoundError):
+        run.stop.unlink()
+    if not shutil.which("sbatch") or not run.submitted():
+        return run_here(run, shape, args.json)
+    slurm = Slurm(os.environ)
+    check_partition(config, slurm.partitions(), config.slurm.nodes)
+    job = job_id_in(slurm.submit(config, run.job_script(shape), "--parsable", *options))
+    run.record_submit(job, shape=shape)
+    if args.json:
+        say_json({"job": job, "run": str(run.folder)})
+    else:
+        say(f"submitted job {job} for {run.folder}")
+    return follow(run, slurm, quiet=args.json) if args.wait else DONE
+
+
+def other_shape(run, shape, overrides):
+    """The config of a run with other settings for its jobs; what is asked, and where answers go, is frozen."""
+    data = json.loads(run.config_file(shape).read_text())
+    if overrides and not any(override.startswith("slurm.jobs") for override in overrides):
+        data["slurm"]["jobs"] = 1
+    for override in overrides:
+        if not override.startswith(("slurm.", "engine.", "environment.", "network.", "model.")):
+            raise UserError(f"--set {override}", "cannot be changed for a run that was submitted",
+                            "submit a new run, or set keys of slurm, engine, environment, network or model")
+        apply_override(data, override)
+    source = data.pop("source")
+    return dataclasses.replace(build_config(Config, data, source, os.getcwd()), source=source)
+
+
+def command_resume(args):
+    """Go on with a run whose jobs are gone."""
+    run, slurm = find_run(args), query_slurm()
+    state = state_of(run, slurm.jobs(run.submitted()) if slurm else {}, slurm)
+    if state["exit_code"] is None:
+        raise UserError(run.name, f"is {state['state']}: there is nothing to resume",
+                        "`submit --join` adds jobs to it, `cancel` ends it")
+    if state["exit_code"] in (DONE, SOME_FAILED) and not (args.failed and state["failed"]):
+        say(f"{run.name} is done" + (f"; `resume --failed` asks the {state['failed']} failed prompts again"
+                                     if state["failed"] else ""))
+        return state["exit_code"]
+    return join(args, run, args.failed, alone=False)
 
 
 def command_run(args):
     """`bash job.sh` without sbatch: here, or in the allocation that this shell is in."""
     prepared = prepare(args.config, args.set)
-    return run_here(prepared, args.json)
-
-
-def run_here(prepared, quiet):
     run = make_run(prepared)
-    if not quiet:
+    if not args.json:
         for line in describe(prepared):
             say(line)
         say(f"run       {run.folder}")
+    return run_here(run, 0, args.json)
+
+
+def run_here(run, shape, quiet):
     with open(run.logs / "slurm-0.out", "ab") as output:
-        child = subprocess.Popen(["bash", str(run.job_script())], stdin=subprocess.DEVNULL, stdout=output,
+        child = subprocess.Popen(["bash", str(run.job_script(shape))], stdin=subprocess.DEVNULL, stdout=output,
                                  stderr=subprocess.STDOUT)
     for passed_on in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(passed_on, lambda number, frame: child.send_signal(number))
@@ -4246,7 +4876,7 @@ def command_drive(args):
             run.record_submit(int(job))
     else:
         run = Run(args.run)
-    return drive(run, find_allocation(os.environ, run.config().slurm.nodes))
+    return drive(run, find_allocation(os.environ, run.config(args.shape).slurm.nodes), args.shape, args.failed)
 
 
 def serve_agent(name):
@@ -4263,73 +4893,107 @@ def serve_echo(host, port, key_file, delay="0"):
 
 
 PHASES = {"start": "starting", "agents_up": "starting the engine", "engine_started": "loading the model",
-          "ready": "answering", "answered": "tearing down", "stopping": "stopping"}
+          "ready": "answering", "answered": "tearing down", "stopping": "stopping", "draining": "finishing",
+          "engine_died": "starting the engine again"}
 VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAILED: "failed", WORK_LEFT: "stopped",
             INTERRUPTED: "interrupted"}
-ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out of memory: raise [slurm] mem",
-           "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
-           "BOOT_FAIL": "a node failed", "DEADLINE": "its deadline passed"}
 
 
 def state_of(run, jobs, slurm):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
-    lives, submitted = run.lives(), run.submitted()
+    submitted, total = run.submitted(), shape_of(run.folder)
+    lives = [state_of_life(run, life, jobs, slurm) for life in run.lives()]
     state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
-             "detail": "", "done": 0, "failed": 0, "answered": 0, "total": shape_of(run.folder)[0],
-             "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": []}
+             "detail": "", "done": 0, "failed": 0, "total": total, "tokens_per_s": 0.0, "left_s": None,
+             "exit_code": None, "nodes": [], "lost": [], "jobs": 0}
     if not lives:
         return dict(state, **state_before_start(run, state["job"], jobs.get(state["job"])))
-    count = shape_of(run.folder)[1]
-    if count == 1:
-        return state_of_life(run, lives[-1], dict(state), jobs, slurm)
-    return state_of_array([state_of_life(run, life, dict(state), jobs, slurm) for life in lives], count, state["job"])
+    complete = [life for life in lives if life["exit_code"] in (DONE, SOME_FAILED)]
+    going = [life for life in lives if life["exit_code"] is None]
+    if complete and not any(life["began"] > complete[-1]["ended"] for life in going):
+        going = []
+    ids = {life["job"] for life in lives} | set(submitted)
+    waiting = [job for number, job in jobs.items() if number in ids and job.state in ("PENDING", "REQUEUED")]
+    state.update(
+        job=state["job"] or lives[-1]["job"], lost=[lost for life in lives for lost in life["lost"]],
+        done=min(total, sum(life["answered"] for life in lives)), failed=sum(life["own_failed"] for life in lives))
+    if going:
+        return dict(state, **state_of_going(going, state))
+    if complete:
+        shown = complete[-1]
+    elif waiting:
+        return dict(state, state="pending", detail=pending_words(waiting[0]))
+    else:
+        latest = {life["job"]: life for life in lives}.values()
+        last = [life for life in latest if not life["next"]] or lives[-1:]
+        shown = max(last, key=lambda life: life["exit_code"])
+        if shown["next"] and not job_ended(jobs, shown):
+            return dict(state, state="pending", detail=f"{shown['detail']}; it goes on ({shown['next']})")
+    return dict(state, **{name: shown[name] for name in ("state", "detail", "done", "failed", "exit_code")})
 
 
-def state_of_life(run, life, state, jobs, slurm):
+def state_of_going(going, state):
+    """The lives that run, as one: the first of them that has got farthest, and the sums."""
+    shown = next((life for life in going if life["state"] == "answering"), going[0])
+    rate = sum(life["prompts_per_s"] for life in going)
+    left = state["total"] - state["done"] - state["failed"]
+    return {"state": shown["state"], "detail": shown["detail"], "jobs": len(going),
+            "nodes": [node for life in going for node in life["nodes"]],
+            "tokens_per_s": round(sum(life["tokens_per_s"] for life in going), 1),
+            "left_s": round(left / rate) if rate else None}
+
+
+def job_ended(jobs, life):
+    """Whether a job that should go on has ended after all: cancelled in the queue, say."""
+    job = jobs.get(life["job"])
+    return job.state in ENDED_STATES if job else time.time() - life["ended"] > 60
+
+
+def state_of_life(run, life, jobs, slurm):
+    """What one life's events say of it, and Slurm where it says nothing more."""
+    state = {"job": life.job, "state": "starting", "detail": "", "answered": 0, "own_failed": 0, "tokens_per_s": 0.0,
+             "prompts_per_s": 0.0, "exit_code": None, "nodes": [], "lost": [], "next": "", "done": 0, "failed": 0}
     events = run.events(life)
     for event in events:
         name = event["event"]
         if name == "start":
-            state.update(nodes=event["nodes"], job=event["job"])
+            state.update(nodes=event["nodes"], began=event["time"])
         if name == "progress":
             if state["state"] == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
                 state["state"] = "answering"
-            rate = event["tokens"] / event["working_s"] if event["working_s"] else 0
-            per_prompt = event["working_s"] / max(1, event["answers"])
-            state.update(done=event["done"], failed=event["failed"], answered=event["answers"] - event["failed"],
-                         tokens_per_s=round(rate, 1),
-                         left_s=round(per_prompt * (event["total"] - event["done"] - event["failed"])))
+            time_s = event["working_s"]
+            state.update(answered=event["answers"] - event["own_failed"], own_failed=event["own_failed"],
+                         tokens_per_s=event["tokens"] / time_s if time_s else 0,
+                         prompts_per_s=event["answers"] / time_s if time_s else 0)
         if name in PHASES:
             state.update(state=PHASES[name], detail=event.get("why", ""))
         if name == "engine_says" and state["state"] == "loading the model":
             state["detail"] = event["line"]
+        if name == "journal_trouble":
+            state["detail"] = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
+        if name == "journal_well":
+            state["detail"] = ""
+        if name == "node_lost":
+            state["lost"].append(f"{event['node']}: {event['why']}")
         if name == "end":
-            return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"], left_s=0,
-                        exit_code=event["code"], done=event["done"], failed=event["failed"])
+            return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"],
+                        ended=event["time"], exit_code=event["code"], done=event["done"], failed=event["failed"],
+                        answered=event["answered"], own_failed=event["own_failed"], next=event["next"])
     job = jobs.get(life.job)
-    return state if is_alive(events[0], job) else dict(state, **how_it_died(run, events[0], job, slurm))
-
-
-def state_of_array(states, count, job):
-    """The lives of an array's jobs as one: running while one runs, as good as the worst of them."""
-    latest = {state["job"]: state for state in states}.values()
-    going = [state for state in latest if state["exit_code"] is None]
-    ended = not going and len(latest) == count
-    shown = going[0] if going else max(latest, key=lambda state: state["exit_code"])
-    return dict(shown, job=job, nodes=[node for state in going for node in state["nodes"]],
-                state=shown["state"] if going or ended else "pending",
-                done=sum(state["answered"] for state in states), failed=sum(state["failed"] for state in latest),
-                tokens_per_s=sum(state["tokens_per_s"] for state in going),
-                left_s=max((state["left_s"] or 0 for state in going), default=None),
-                exit_code=shown["exit_code"] if ended else None)
+    if is_alive(events[0], job):
+        return dict(state, state="suspended") if job and job.state == "SUSPENDED" else state
+    if job and job.state not in ENDED_STATES and slurm:  # Slurm has yet to see it, and may start it again
+        return dict(state, state="stopping") if job.state != "PENDING" else dict(
+            state, **how_it_died(run, events[0], job, slurm), next="requeued", ended=events[-1]["time"])
+    return dict(state, **how_it_died(run, events[0], job, slurm), ended=events[-1]["time"])
 
 
 @functools.lru_cache(maxsize=None)
 def shape_of(folder):
-    """(prompts, jobs) of a run: frozen, so read once."""
+    """How many prompts a run has: frozen, so read once."""
     run = Run(folder)
-    frozen, config = json.loads(run.input_file("input.json").read_text()), run.config()
-    return sum(Source(*source).rows for source in frozen["sources"]) * config.prompts.samples, config.slurm.jobs
+    frozen = json.loads(run.input_file("input.json").read_text())
+    return sum(Source(*source).rows for source in frozen["sources"]) * run.config().prompts.samples
 
 
 def state_before_start(run, job_id, job):
@@ -4340,11 +5004,15 @@ def state_before_start(run, job_id, job):
         why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
         return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
     if job.state == "PENDING":
-        expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
-        return {"state": "pending", "detail": PENDING_WORDS.get(job.reason, job.reason)
-                + (f"; {job.ahead} waiting jobs come before it" if job.ahead else "")
-                + (f"; expected to start {expected}" if expected else "")}
+        return {"state": "pending", "detail": pending_words(job)}
     return {"state": "starting", "detail": job.nodes}
+
+
+def pending_words(job):
+    expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
+    return (PENDING_WORDS.get(job.reason, job.reason)
+            + (f"; {job.ahead} waiting jobs come before it" if job.ahead else "")
+            + (f"; expected to start {expected}" if expected else ""))
 
 
 def is_alive(start, job):
@@ -4360,21 +5028,29 @@ def how_it_died(run, start, job, slurm):
     exit_code = re.search(r"\bExitCode=\d+:(\d+)", slurm.detail(start["job"])) if slurm and start["job"] else None
     if not why and exit_code and exit_code.group(1) != "0":
         why = f"by {signal.Signals(int(exit_code.group(1))).name}"
-    return {"state": "killed", "exit_code": CLUSTER_FAILED, "left_s": None,
+    return {"state": "killed", "exit_code": CLUSTER_FAILED,
             "detail": f"the driver was killed{f' ({why})' if why else ''}; finished prompts are kept"}
 
 
 def state_watch(run, slurm):
     """A function that gives the run's state: its own files each time, Slurm's word at most every 15 s."""
-    jobs, asked = {}, -math.inf
+    jobs, asked, doubted = {}, -math.inf, set()
+
+    def ask():
+        nonlocal jobs, asked
+        asked = clock()
+        with contextlib.suppress(ClusterError):  # Slurm may be away for a while; the run's files are not
+            jobs = slurm.jobs(run.submitted())
 
     def look():
-        nonlocal jobs, asked
         if slurm and clock() - asked >= 15:
-            asked = clock()
-            with contextlib.suppress(ClusterError):  # Slurm may be away for a while; the run's files are not
-                jobs = slurm.jobs(run.submitted())
-        return state_of(run, jobs, slurm)
+            ask()
+        state = state_of(run, jobs, slurm)
+        if slurm and state["state"] in ("killed", "stopping") and state["job"] not in doubted:
+            doubted.add(state["job"])  # Slurm's word is from before that, so ask once out of turn
+            ask()
+            state = state_of(run, jobs, slurm)
+        return state
     return look
 
 
@@ -4481,6 +5157,8 @@ def command_status(args):
         for name in ("run", "folder", "job", "state", "detail"):
             say(f"{name:9} {states[0][name] or '-'}")
         say(f"{'nodes':9} {' '.join(states[0]['nodes']) or '-'}")
+        for lost in states[0]["lost"]:
+            say(f"{'lost':9} {lost}")
         say(f"{'prompts':9} {state_line(dict(states[0], detail=''))} (of {states[0]['total']})")
     elif not states:
         say(f"No runs in {runs_folder(args)}; `submit` starts one.")
@@ -4531,17 +5209,21 @@ def show_log(path, keep_on, run):
 def command_cancel(args):
     run, slurm = find_run(args), query_slurm()
     jobs = slurm.jobs(run.submitted()) if slurm else {}
-    cancelled = [job for job, row in jobs.items() if row.state not in ENDED_STATES]
-    for job in cancelled:
-        slurm.cancel(job)
-    starts = [run.events(life)[:1] for life in run.lives()[-1:]]
-    stopped = [start["pid"] for life in starts for start in life if not start["job"] and is_alive(start, None)]
+    going = {job: row.state for job, row in jobs.items() if row.state not in ENDED_STATES}
+    starts = [run.events(life)[0] for life in run.lives()]
+    stopped = [start["pid"] for start in starts if not start["job"] and is_alive(start, None)]
+    if going or stopped:
+        write_file(run.stop, "")  # before any signal: what ends now is not to go on by itself
+    for job, state in going.items():
+        slurm.cancel(job, *["--batch", "--signal=USR1"] * (args.drain and state == "RUNNING"))
     for pid in stopped:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGUSR1 if args.drain else signal.SIGTERM)
     if args.json:
-        say_json({"run": run.name, "cancelled": cancelled, "stopped": stopped})
+        say_json({"run": run.name, "cancelled": list(going), "stopped": stopped})
     else:
-        said = [f"cancelled job {job}" for job in cancelled] + [f"stopped the driver of {run.name}"] * bool(stopped)
+        what = "finishes what is under way" if args.drain else "cancelled"
+        said = [f"job {job}: {what if state == 'RUNNING' else 'cancelled'}" for job, state in going.items()]
+        said += [f"the driver of {run.name}: {what if args.drain else 'stopped'}"] * bool(stopped)
         say("\n".join(said) or f"{run.name} is not running")
     return DONE
 
@@ -4550,12 +5232,13 @@ def command_results(args):
     run = find_run(args)
     config = run.config()
     prompts = Input.load(run, config, model_name(config), check=False)  # answers outlive the files they are to
-    folder, marks = write_results(run, config, prompts)
+    marks = Marks(run, prompts)
+    folder = write_results(run, config, marks)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
     form = "jsonl" if args.json else args.format
     if form == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerow(["custom_id", *ANSWER_COLUMNS])
-    places = {path: path.stat().st_size for path in marks.paths} if args.follow else {}
+    places = {segment.path: end for segment, end in zip(marks.segments, marks.read_to)}
     RESULT_FORMATS[form](line for _, line in marks.lines(states))
     if args.follow:
         follow_results(run, RESULT_FORMATS[form], args.failed, places)
@@ -4569,12 +5252,12 @@ def follow_results(run, show, failed, places):
     look = state_watch(run, query_slurm())
     while True:
         ended = look()["exit_code"] is not None
-        for path in run.segments():
+        for _, _, path in run.segments():
             with open(path, "rb") as file:
                 file.seek(places.get(path, 0))
-                lines = [line for line in file if line.endswith(b"}}\n")]
+                lines = [line for line in file if line.endswith(LINE_END + b"\n")]
             places[path] = places.get(path, 0) + sum(map(len, lines))
-            lines = [line for line in lines if not (failed and line.endswith(OK_END))]
+            lines = [line for line in lines if not (failed and line.endswith(OK_END + b"\n"))]
             if lines:
                 show(lines)
         if ended:
@@ -4630,9 +5313,9 @@ def command_demo(args):
     prepared = prepare(folder / "config.json", [])
     if args.submit:
         code = command_submit(argparse.Namespace(config=folder / "config.json", set=[], dry_run=False, json=False,
-                                                 wait=True))
+                                                 wait=True, join=""))
     else:
-        code = run_here(prepared, quiet=False)
+        code = run_here(make_run(prepared), 0, quiet=False)
     if code == DONE:
         say()
         command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False,
@@ -4662,6 +5345,7 @@ def command_help_table():
     config = [("config", {"nargs": "?", "default": "config.toml", "help": "the config file (default: config.toml)"}),
               ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
                          "help": "override a key: slurm.nodes=3"})]
+    wait = [("--wait", {"action": "store_true", "help": "follow the run; exit with its code"})]
     as_json = [("--json", {"action": "store_true", "help": "print JSON, for programs"})]
     return [
         ("demo", command_demo, "see it work here, without Slurm or a model",
@@ -4669,15 +5353,19 @@ def command_help_table():
         ("init", command_init, "write config.toml and example prompts",
          [("folder", {"nargs": "?", "default": ".", "help": "where (default: here)"})] + as_json),
         ("check", command_check, "validate and plan; show what would run; change nothing", config + as_json),
-        ("submit", command_submit, "submit a run to Slurm", config + as_json + [
+        ("submit", command_submit, "submit a run to Slurm", config + as_json + wait + [
             ("--dry-run", {"action": "store_true", "help": "print the batch script and stop"}),
-            ("--wait", {"action": "store_true", "help": "follow the run; exit with its code"})]),
+            ("--join", {"default": "", "metavar": "RUN",
+                        "help": "add a job to this run instead; with --set, of another shape"}), run[1]]),
         ("run", command_run, "run here: this machine, or the allocation this shell is in", config + as_json),
+        ("resume", command_resume, "go on with a run that stopped with work left", run + config[1:] + as_json + wait + [
+            ("--failed", {"action": "store_true", "help": "ask failed prompts again, too"})]),
         ("status", command_status, "how runs stand: all, or one", run + as_json),
         ("logs", command_logs, "a run's logs", run + as_json + [
             ("process", {"nargs": "?", "default": "", "help": "part of a log's name, as in llama-server"}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"})]),
-        ("cancel", command_cancel, "stop a run; finished prompts are kept", run + as_json),
+        ("cancel", command_cancel, "stop a run for good; finished prompts are kept", run + as_json + [
+            ("--drain", {"action": "store_true", "help": "let the prompts that are under way finish first"})]),
         ("results", command_results, "the answers so far", run + as_json + [
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
@@ -4685,6 +5373,7 @@ def command_help_table():
         ("help", command_help, "more on a topic: config, files, codes, engines",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
         ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}),
+                                      ("--shape", {"type": int, "default": 0}), ("--failed", {"action": "store_true"}),
                                       config[1]])]
 
 

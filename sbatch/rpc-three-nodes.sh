@@ -12,6 +12,7 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --propagate=NONE
 #SBATCH --no-kill
+#SBATCH --requeue
 # ── 2 · environment and modules ────────────────────────────────────────────────
 trap '' USR1  # Slurm's early warning stays ignored, through exec, until the driver listens for it
 ulimit -n "$(ulimit -Hn)" 2>/dev/null

@@ -44,17 +44,16 @@ def test_a_killed_driver_leaves_nothing_on_either_kind_of_site(tracked):
     wait_for("the verdict", lambda: tracked.status()["state"] == "killed")
 
 
-def test_near_the_time_limit_running_prompts_finish_and_the_rest_is_left(tracked):
+def test_an_early_warning_lets_running_prompts_finish_and_the_job_goes_on(tracked):
     tracked.slow()
-    tracked.config(slurm={"grace": 1})
     tracked.llmrun("submit", "config.json")
     wait_for("a few answers", lambda: tracked.runs() and len(tracked.journal()) >= 2)
     job = tracked.status()["job"]
     subprocess.run(["scancel", "-b", "-s", "USR1", str(job)], env=tracked.env, check=True)
-    wait_for("the end", lambda: tracked.status()["exit_code"] is not None)
-    state = tracked.status()
-    assert state["exit_code"] == 4 and 2 <= state["done"] < 40, state
-    assert all(line["llmrun"]["ok"] for line in tracked.journal())
+    wait_for("the end", lambda: tracked.status()["exit_code"] is not None, 60)
+    assert tracked.status()["exit_code"] == 0 and tracked.status()["done"] == 40
+    assert [event["next"] for event in tracked.events() if event["event"] == "end"] == ["requeued", ""]
+    assert all(line["llmrun"]["ok"] for line in tracked.journal()) and len(tracked.journal()) == 40, "nothing was cut off"
 
 
 def test_noise_on_a_tasks_output_is_logged_and_does_no_harm(tmp_path, engine):
@@ -130,12 +129,12 @@ def test_cancel_stops_a_run_that_is_here(here):
     here.slow()
     running = here.start("run", "config.json")
     wait_for("an answer", lambda: here.runs() and here.journal())
-    assert "stopped the driver" in here.llmrun("cancel")
+    assert "stopped" in here.llmrun("cancel")
     running.communicate(timeout=20)
     assert running.returncode == 4
 
 
-@pytest.mark.parametrize("victim", ["drive", "agent", "llama-server"])
+@pytest.mark.parametrize("victim", ["drive", "agent"])
 def test_a_kill_here_leaves_nothing_and_is_told(here, victim):
     here.slow()
     running = here.start("run", "config.json")

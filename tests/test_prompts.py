@@ -219,7 +219,8 @@ def test_a_success_counts_before_an_error_and_the_first_life_before_others(three
     journal_of(run, "9.1.0", llmrun.journal_line(result(prompts, 0, text="nine again")), llmrun.journal_line(result(prompts, 1, 400)))
     journal_of(run, "9.0.1", llmrun.journal_line(result(prompts, 0, status=500)), llmrun.journal_line(result(prompts, 1, 400)))
     journal_of(run, "11.0.0", llmrun.journal_line(result(prompts, 1, text="late success")))
-    folder, marks = llmrun.write_results(run, config, prompts)
+    marks = llmrun.Marks(run, prompts)
+    folder = llmrun.write_results(run, config, marks)
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     texts = {r["custom_id"]: r["response"]["body"]["choices"][0]["message"]["content"] for r in records}
     assert texts == {"a": "nine again", "b": "late success"}
@@ -229,7 +230,7 @@ def test_a_success_counts_before_an_error_and_the_first_life_before_others(three
 def test_results_stand_in_input_order_and_errors_apart(three):
     config, run, prompts = three
     journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, n, 400 if n == 1 else 200)) for n in (2, 1, 0)))
-    folder, _ = llmrun.write_results(run, config, prompts)
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
     assert [json.loads(line)["custom_id"] for line in (folder / "results.jsonl").read_text().splitlines()] == ["a", "c"]
     assert [json.loads(line)["custom_id"] for line in (folder / "errors.jsonl").read_text().splitlines()] == ["b"]
 
@@ -240,7 +241,7 @@ def test_a_csv_comes_back_with_its_answers(tmp_path):
     config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(columns=["answer", "completion_tokens", "error"]))
     run, prompts = frozen_input(tmp_path, config)
     journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 1, status=0)), llmrun.journal_line(result(prompts, 0, text='say "x"\n')))
-    folder, _ = llmrun.write_results(run, config, prompts)
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
     with open(folder / "in.csv", newline="") as file:
         assert list(csv.reader(file)) == [["id", "q", "answer", "completion_tokens", "error"], ["1", "a, b", 'say "x"\n', "3", ""],
                                           ["2", "c", "", "0", "it broke"]]

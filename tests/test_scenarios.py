@@ -75,24 +75,6 @@ def test_a_killed_driver_is_noticed_and_named(site):
     assert state["state"] == "killed" and "driver was killed" in state["detail"]
 
 
-@pytest.mark.parametrize("victim, words", [
-    ("llama-server", "llama-server on node1 was killed by SIGKILL"),
-    ("-H", "rpc on node2 was killed by SIGKILL"),
-    ("agent", "node2"),
-])
-def test_the_driver_explains_what_died_under_it(site, victim, words):
-    site.slow()
-    site.config(slurm={"nodes": 2})
-    waiting = site.start("submit", "config.json", "--wait")
-    wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= 2)
-    os.kill(site.process(victim, "node2" if victim == "agent" else ""), signal.SIGKILL)
-    output, _ = waiting.communicate(timeout=40)
-    assert waiting.returncode == 3, output
-    detail = site.status()["detail"]
-    assert words.split(" ")[0] in detail and words.split(" ")[-1] in detail, detail
-    site.assert_nothing_left(5)
-
-
 def test_a_new_user_gets_from_the_one_file_to_answers(site):
     for path in list(site.folder.iterdir()):
         if path.name != "llmrun.py":
@@ -331,7 +313,7 @@ def test_cancel_stops_a_run(site):
     site.slow()
     site.llmrun("submit", "config.json")
     wait_for("an answer", lambda: site.journal())
-    assert "cancelled job" in site.llmrun("cancel")
+    assert "cancelled" in site.llmrun("cancel")
     site.assert_nothing_left(8)
 
 

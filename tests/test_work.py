@@ -54,6 +54,11 @@ class Engine:
             writer.transport.abort()
 
 
+def taken_from(numbers):
+    numbers = iter(numbers)
+    return lambda: next(numbers, None)
+
+
 def answer(text, status=200, extra=""):
     body = json.dumps({"choices": [{"finish_reason": "stop", "message": {"content": text}}], "usage": {"completion_tokens": 1}}
                       if status == 200 else {"error": {"message": text}})
@@ -75,6 +80,12 @@ class Group:
             raise self.failed.result()
         return work.result()
 
+    async def recover(self, error):
+        raise error
+
+    def forgive(self):
+        self.forgiven = True
+
     def fail(self):
         self.engine.die()
         self.client.close()
@@ -91,7 +102,7 @@ def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None):
     async def work():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results, began = [], llmrun.clock()
-        pump = llmrun.Pump(range(count), read, results.append, began + ends_in if ends_in else llmrun.math.inf)
+        pump = llmrun.Pump(taken_from(range(count)), read, results.append, began + ends_in if ends_in else llmrun.math.inf)
         begun = [asyncio.ensure_future(asyncio.sleep(starts[n] if starts else 0)) for n in range(len(groups))]
         helper = asyncio.ensure_future(meanwhile(pump, groups, results)) if meanwhile else None
         try:
@@ -219,7 +230,7 @@ def test_a_replica_lost_while_results_cannot_be_written_loses_no_prompt():
     async def work():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results = []
-        pump = llmrun.Pump(range(40), read, results.append, llmrun.math.inf, lambda: held[0])
+        pump = llmrun.Pump(taken_from(range(40)), read, results.append, llmrun.math.inf, lambda: held[0])
         held[0] = True
         running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0))) for group in groups]))
         await asyncio.sleep(0.2)
@@ -328,7 +339,7 @@ def test_no_prompt_is_sent_while_results_cannot_be_written():
     async def work():
         group = Group(0, engine, await engine.start())
         results = []
-        pump = llmrun.Pump(range(10), read, results.append, llmrun.math.inf, lambda: held[0])
+        pump = llmrun.Pump(taken_from(range(10)), read, results.append, llmrun.math.inf, lambda: held[0])
         running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0)))]))
         await asyncio.sleep(0.3)
         assert not engine.asked
