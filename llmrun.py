@@ -4213,6 +4213,9 @@ def end_of_job(environ, detail):
     return clock() + int(end) - time.time() if end else math.inf
 
 
+PREEMPTED = "preempted: a job of higher priority gets the nodes"
+
+
 class Ending(NamedTuple):
     """How a life ended, and what that means for the work that is left."""
 
@@ -4231,6 +4234,7 @@ class Orders:
         self.run, self.config, self.allocation, self.tell = run, config, allocation, tell
         self.driver, self.loop = asyncio.current_task(), asyncio.get_running_loop()
         self.pump, self.nodes, self.ending, self.asking = None, [], None, None
+        self.drained = Ending(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
         self.agent_termed = asyncio.Event()
         stopping = [(signal.SIGTERM, WORK_LEFT, "told to end (SIGTERM)"), (signal.SIGINT, INTERRUPTED, "interrupted"),
                     (signal.SIGHUP, WORK_LEFT, "the terminal was closed")]
@@ -4249,17 +4253,21 @@ class Orders:
         """USR1: Slurm's word that time is short, which we know already, or a user's that running prompts may finish."""
         if self.run.stop.exists() or not self.allocation.ends_at - clock() < self.config.slurm.grace + self.EARLY_S:
             self.tell("draining")
-            self.drain("told to finish what is under way (SIGUSR1)", go_on=not self.run.stop.exists())
+            self.drain(Ending(WORK_LEFT, "told to finish what is under way (SIGUSR1)", not self.run.stop.exists()))
 
     def time_is_up(self):
         """What is left of the job's time is for the teardown. Prompts that would not end before it were not asked."""
-        self.drain("the time limit came before the engine was ready: raise [slurm] time", go_on=True)
+        late = self.pump is None or not self.pump.first_sent
+        self.drain(Ending(WORK_LEFT, "the time limit came before the engine was ready: raise [slurm] time" if late
+                          else self.drained.why, go_on=True))
 
-    def drain(self, why, go_on):
+    def drain(self, ending):
+        """Let what is under way finish; where nothing is, end now."""
         if self.pump and self.pump.first_sent:
+            self.drained = ending
             self.pump.drain()
         else:
-            self.stop(Ending(WORK_LEFT, why, go_on))
+            self.stop(ending)
 
     def on_agent_term(self):
         """Slurm ends our steps. Preempting with grace, it tells the agents first and this driver nothing."""
@@ -4272,7 +4280,7 @@ class Orders:
             node.hold(30)
         detail = await self.detail()
         if re.search(r"\bPreemptTime=\d", detail) and "JobState=RUNNING" in detail:
-            self.stop(Ending(WORK_LEFT, "preempted: a job of higher priority gets the nodes", go_on=True))
+            self.stop(Ending(WORK_LEFT, PREEMPTED, go_on=True))
 
     async def detail(self):
         return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.allocation.job)
@@ -4296,7 +4304,7 @@ def drive(run, allocation, shape=0, failed_again=False):
             log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
     gc.freeze()  # the program itself is no garbage: look only at what comes, and not after every 700 objects
     gc.set_threshold(20000, 20, 100)
-    tell("start", job=allocation.job, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
+    tell("start", job=allocation.job, submitted=allocation.submitted, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
          born=process_birth(os.getpid()), python=sys.version.split()[0])
     journal, tally, claims, ending = Journal(run, life, tell), Tally(), None, Ending(DONE)
     try:
@@ -4372,7 +4380,7 @@ def go_on(run, config, life, allocation, shape, claims, ending):
     if run.stop.exists() or "shape" not in submit:  # a shell's own job, or one that its user wants to end
         return code, why, ""
     if not ending.go_on and code == WORK_LEFT:
-        why, may, following = after_term(allocation.job)
+        why, may, following = after_term(allocation)
         if not may:
             return code, why, following
     elif not ending.go_on:
@@ -4398,15 +4406,19 @@ def go_on(run, config, life, allocation, shape, claims, ending):
     return WORK_LEFT, why + (f"; Slurm would not requeue it ({refused})" if refused else ""), f"job {job}"
 
 
-def after_term(job):
-    """(why, whether to go on by ourselves, how it goes on else) for a job that Slurm ended by TERM."""
-    detail = Slurm(os.environ).detail(job)
-    state = (re.search(r"\bJobState=(\w+)", detail) or ["", ""])[1]
-    if state in ("PREEMPTED", "TIMEOUT"):
-        return ENDINGS[state], True, ""
-    if state in ("PENDING", "REQUEUED"):
-        return "Slurm gave its nodes to another job", False, "requeued"
-    return ENDINGS.get(state, "told to end (SIGTERM)"), False, ""
+def after_term(allocation):
+    """(why, whether to go on by ourselves, how it goes on else) for a job that Slurm ended by TERM.
+
+    While it ends, its state is only COMPLETING; who ended it shows in its restarts and its preemption (seen on 22.05)."""
+    detail = Slurm(os.environ).detail(allocation.job)
+    restarts = re.search(r"\bRestarts=(\d+)", detail)
+    if restarts and int(restarts.group(1)) > allocation.restart:
+        return "Slurm took its nodes for another job", False, "requeued"
+    if re.search(r"\bPreemptTime=\d", detail):
+        return PREEMPTED, True, ""
+    if clock() > allocation.ends_at:
+        return "the time limit came", True, ""
+    return "cancelled (SIGTERM)", False, ""
 
 
 def fruitless_lives(run, life):
@@ -4468,7 +4480,7 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
         if await orders.meant_to_end():
             return orders.ending or Ending(WORK_LEFT, "told to end (SIGTERM)")
         raise
-    return Ending(WORK_LEFT, "the time limit came", go_on=True)
+    return orders.drained
 
 
 def split_groups(nodes, size):
@@ -4901,7 +4913,8 @@ VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAIL
 
 def state_of(run, jobs, slurm):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
-    submitted, total = run.submitted(), shape_of(run.folder)
+    submits, total = run.submits(), shape_of(run.folder)
+    submitted = list(submits)
     lives = [state_of_life(run, life, jobs, slurm) for life in run.lives()]
     state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
              "detail": "", "done": 0, "failed": 0, "total": total, "tokens_per_s": 0.0, "left_s": None,
@@ -4921,8 +4934,8 @@ def state_of(run, jobs, slurm):
         return dict(state, **state_of_going(going, state))
     if complete:
         shown = complete[-1]
-    elif waiting:
-        return dict(state, state="pending", detail=pending_words(waiting[0]))
+    elif waiting or is_fresh(submits, lives, jobs):
+        return dict(state, state="pending", detail=pending_words(waiting[0]) if waiting else "just submitted")
     else:
         latest = {life["job"]: life for life in lives}.values()
         last = [life for life in latest if not life["next"]] or lives[-1:]
@@ -4943,6 +4956,13 @@ def state_of_going(going, state):
             "left_s": round(left / rate) if rate else None}
 
 
+def is_fresh(submits, lives, jobs):
+    """Whether a job was submitted that has not begun yet; of one that Slurm has not been asked about, for a minute."""
+    begun = {life["submitted"] for life in lives}
+    return any(jobs[job].state not in ENDED_STATES if job in jobs else time.time() - record["time"] < 60
+               for job, record in submits.items() if job not in begun)
+
+
 def job_ended(jobs, life):
     """Whether a job that should go on has ended after all: cancelled in the queue, say."""
     job = jobs.get(life["job"])
@@ -4957,7 +4977,7 @@ def state_of_life(run, life, jobs, slurm):
     for event in events:
         name = event["event"]
         if name == "start":
-            state.update(nodes=event["nodes"], began=event["time"])
+            state.update(nodes=event["nodes"], began=event["time"], submitted=event["submitted"])
         if name == "progress":
             if state["state"] == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
                 state["state"] = "answering"

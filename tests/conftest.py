@@ -89,9 +89,9 @@ class Site:
         path.write_text(json.dumps(self.data))
         return path
 
-    def slow(self):
-        """Make every answer take a few seconds in all, so that there is a middle to do something in."""
-        self.write_prompts(40)
+    def slow(self, prompts=40):
+        """Make all answers take a few seconds, so that there is a middle to do something in."""
+        self.write_prompts(prompts)
         variables = dict(self.data["environment"]["vars"], FAKE_LLAMA_TOKENS_PER_S="20")
         self.config(prompts={"max_tokens": 400}, environment={"vars": variables})
 

@@ -1,0 +1,277 @@
+"""What becomes of a run when Slurm takes its nodes away, its time ends, or its engine dies: no finished prompt is lost,
+and nobody has to do anything. On a fake Slurm, or (LLMRUN_BENCH=real) on a real one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import pytest
+from conftest import REAL, Site, wait_for
+
+SOME = 40 if REAL else 20
+SLOT = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 22 ))"  # a time limit in seconds; Slurm's own are whole minutes
+
+
+@pytest.fixture
+def site_on(tmp_path, engine):
+    """site_on(partitions={"low": "GraceTime=5"}) is a user's folder on a cluster of its own."""
+    sites = []
+
+    def make(partitions=None, kill_wait=3, **settings):
+        (tmp_path / "cluster").mkdir()
+        (tmp_path / "home").mkdir()
+        if REAL:
+            from real.cluster import RealCluster
+            cluster = RealCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **settings)
+        else:
+            from fake_slurm.cluster import FakeCluster
+            settings = {"FakeTick": 0.5, "FakeRequeueDelay": 0.5, "proctrack": "linuxproc", **settings}
+            cluster = FakeCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **settings)
+        cluster.start()
+        site = Site(tmp_path / "home", cluster, engine)
+        site.config()
+        sites.append(site)
+        return site
+
+    yield make
+    for site in sites:
+        for run in site.runs():
+            (run / "stop").touch()
+        try:
+            subprocess.run(["scancel", "-u", "root"], env=site.env)
+            site.assert_nothing_left(20)
+        finally:
+            site.cluster.stop()
+
+
+def answering(site, count=2):
+    wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= count)
+
+
+def ended(site, code=0, timeout_s=90):
+    """The state once the run has ended, and every prompt's one result."""
+    try:
+        wait_for("the end", lambda: site.status()["exit_code"] is not None, timeout_s)
+    except AssertionError:
+        raise AssertionError(f"{site.status()}\n{site.job_output()}")
+    state = site.status()
+    assert state["exit_code"] == code, (state, site.job_output())
+    if code == 0:
+        lines = [json.loads(line) for line in (site.run / "results" / "results.jsonl").read_text().splitlines()]
+        names = [line["custom_id"] for line in lines]
+        assert len(names) == len(set(names)) == state["total"] == state["done"]
+        assert len(site.results()) == state["total"]
+    return state
+
+
+def ends(site):
+    return [event for event in site.events() if event["event"] == "end"]
+
+
+def lives(site):
+    return sorted(path.name[:-6] for path in site.run.glob("events/*.jsonl"))
+
+
+def preempt(site, seconds=2):
+    """A job of the high partition that takes all nodes for a while."""
+    (site.folder / "high.sh").write_text(f"#!/bin/bash\nsleep {seconds}\n")
+    subprocess.run(["sbatch", "-p", "high", "-N4", "-c", "4", "-o", "/dev/null", "-t", "5", "high.sh"], cwd=site.folder,
+                   env=site.env, check=True, stdout=subprocess.PIPE)
+
+
+def test_a_batch_of_three_time_slots_is_one_submit(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.config(environment={"setup": [SLOT]}, slurm={"nodes": 2})
+    site.llmrun("submit", "config.json")
+    ended(site)
+    assert len(lives(site)) >= 3 and all(name.split(".")[0] == lives(site)[0].split(".")[0] for name in lives(site))
+    assert {end["next"] for end in ends(site)[:-1]} == {"requeued"}
+    assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == SOME, "nothing asked twice"
+
+
+@pytest.mark.parametrize("words", ["PreemptMode=REQUEUE", "PreemptMode=REQUEUE GraceTime=20",
+                                   "PreemptMode=CANCEL", "PreemptMode=CANCEL GraceTime=20"])
+def test_a_preempted_run_comes_back_and_finishes(site_on, words):
+    site = site_on(partitions={"low": words})
+    site.slow(SOME)
+    site.config(slurm={"nodes": 2, "partition": "low"})
+    site.llmrun("submit", "config.json")
+    answering(site, 4)
+    preempt(site)
+    state = ended(site)
+    before, after = ends(site)[0], ends(site)[-1]
+    assert len(lives(site)) == 2 and before["code"] == 4 and after["code"] == 0
+    if "GraceTime" in words:
+        assert "preempted" in before["why"]
+    assert before["next"] == "requeued"
+    assert len(site.journal()) == state["total"], "every finished prompt was kept"
+
+
+@pytest.mark.skipif(REAL, reason="the real cluster of the tests has no gang scheduling; tests/real/test_bench.py has it")
+def test_a_suspended_run_goes_on_where_it_was(site_on):
+    site = site_on(partitions={"low": "PreemptMode=SUSPEND"})
+    site.slow(SOME)
+    site.config(slurm={"partition": "low"})
+    site.llmrun("submit", "config.json")
+    answering(site)
+    preempt(site, 4)
+    wait_for("the suspension", lambda: site.status()["state"] == "suspended")
+    ended(site)
+    assert len(lives(site)) == 1
+
+
+def test_scancel_is_the_end(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.llmrun("submit", "config.json")
+    answering(site)
+    subprocess.run(["scancel", str(site.status()["job"])], env=site.env, check=True)
+    state = ended(site, code=4)
+    assert "cancelled" in state["detail"] and ends(site)[0]["next"] == ""
+    site.assert_nothing_left(8)
+
+
+def test_cancel_drain_lets_running_prompts_finish(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.llmrun("submit", "config.json")
+    answering(site)
+    assert "finishes what is under way" in site.llmrun("cancel", "--drain")
+    state = ended(site, code=4)
+    assert 2 <= state["done"] < SOME and all(line["llmrun"]["ok"] for line in site.journal())
+    assert ends(site)[0]["next"] == "" and len(lives(site)) == 1
+    site.llmrun("resume", "--wait")
+    assert ended(site)["done"] == SOME
+
+
+@pytest.mark.parametrize("victim", ["/llama-server ", "-H"])
+def test_an_engine_that_died_is_started_again(site_on, victim):
+    site = site_on()
+    site.slow(SOME)
+    site.config(slurm={"nodes": 2})
+    site.llmrun("submit", "config.json")
+    answering(site)
+    os.kill(site.process(victim), signal.SIGKILL)
+    ended(site)
+    died = site.wait_for_event("engine_died")
+    assert "was killed by SIGKILL" in died["why"] or "killed" in died["why"], died
+    assert len(lives(site)) == 1 and len([e for e in site.events() if e["event"] == "ready"]) == 2
+    assert len(site.journal()) == SOME, "no prompt was answered twice"
+
+
+@pytest.mark.skipif(REAL, reason="a real engine cannot be made to die of a prompt")
+def test_one_poisonous_prompt_is_failed_and_no_other(site_on):
+    site = site_on()
+    site.config(environment={"vars": {"FAKE_LLAMA_POISON": "Question 3:", "FAKE_LLAMA_TTFT_S": "0.2"}})
+    site.llmrun("submit", "config.json")
+    state = ended(site, code=1)
+    assert state["done"] == 5 and state["failed"] == 1
+    failed = json.loads((site.run / "results" / "errors.jsonl").read_text())
+    assert failed["custom_id"].endswith("003.txt") and "in flight when the engine died" in failed["error"]["message"]
+
+
+def test_a_run_with_a_replica_left_goes_on_without_a_lost_node(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.config(slurm={"nodes": 2}, engine={"replicas": 2})
+    site.llmrun("submit", "config.json")
+    answering(site, 4)
+    nodes = site.status()["nodes"]
+    os.kill(site.process(" agent " + nodes[1]), signal.SIGKILL)
+    state = ended(site)
+    assert len(lives(site)) == 1 and nodes[1] in state["lost"][0]
+
+
+def test_without_a_replica_left_another_job_goes_on_elsewhere(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.config(slurm={"nodes": 2})
+    site.llmrun("submit", "config.json")
+    answering(site)
+    nodes = site.status()["nodes"]
+    os.kill(site.process(" agent " + nodes[1]), signal.SIGKILL)
+    state = ended(site)
+    assert nodes[1] in state["lost"][0] and ends(site)[0]["next"].startswith("job ")
+    starts = [event for event in site.events() if event["event"] == "start"]
+    assert nodes[1] in starts[0]["nodes"] and nodes[1] not in starts[1]["nodes"]
+
+
+def test_a_node_that_never_joins_is_named_and_not_asked_for_again(site_on):
+    site = site_on()
+    shim = site.folder / "shim" / "srun"  # a site on which srun to one node hangs
+    shim.parent.mkdir()
+    real = shutil.which("srun", path=site.env["PATH"])
+    shim.write_text(f'#!/bin/bash\ncase "$*" in *"-w node2 "*) exec sleep 60;; *) exec {real} "$@";; esac\n')
+    shim.chmod(0o755)
+    site.env["PATH"] = f"{shim.parent}:{site.env['PATH']}"
+    site.config(slurm={"nodes": 2, "join_timeout": "2s"})
+    site.llmrun("submit", "config.json")
+    state = ended(site)
+    starts = [event for event in site.events() if event["event"] == "start"]
+    assert len(starts) == 2 and "node2" in starts[0]["nodes"] and "node2" not in starts[1]["nodes"]
+    assert "node2" in state["lost"][0]
+
+
+def test_an_array_shares_the_prompts_and_ends_together(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.config(slurm={"jobs": 4})
+    site.llmrun("submit", "config.json", "--wait")
+    state = ended(site)
+    assert state["done"] == SOME and len(site.journal()) == SOME, "each prompt was asked once"
+    by_life = [len(path.read_text().splitlines()) for path in site.run.glob("journal/*.jsonl")]
+    assert len(by_life) == 4 and min(by_life) >= SOME // 8, by_life
+    wait_for("all lives to end", lambda: len(ends(site)) == 4)
+
+
+def test_waiting_tasks_are_cancelled_when_the_work_is_done(site_on):
+    site = site_on()
+    site.config(slurm={"jobs": 6, "max_running": 1})
+    site.llmrun("submit", "config.json", "--wait")
+    ended(site)
+    assert len(lives(site)) == 1
+    site.assert_nothing_left()
+    wait_for("the queue to be empty", lambda: not subprocess.run(
+        ["squeue", "-h"], env=site.env, stdout=subprocess.PIPE, text=True).stdout.strip())
+
+
+def test_another_job_of_another_shape_joins(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.llmrun("submit", "config.json")
+    answering(site)
+    run = site.run
+    assert "submitted job" in site.llmrun("submit", "--join", run, "--set", "slurm.nodes=2", "--set", "engine.slots=4")
+    ended(site)
+    assert len(site.journal()) == SOME and len(list(run.glob("journal/*.jsonl"))) == 2
+    assert json.loads((run / "shapes" / "1" / "config.json").read_text())["slurm"]["nodes"] == 2
+    said = site.llmrun("submit", "--join", run, "--set", "prompts.max_tokens=3", code=2)
+    assert "cannot be changed" in said
+
+
+def test_resume_goes_on_with_a_run_whose_driver_was_killed(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.llmrun("submit", "config.json")
+    answering(site)
+    said = site.llmrun("resume", code=2)
+    assert "there is nothing to resume" in said
+    os.kill(site.process("drive"), signal.SIGKILL)
+    wait_for("the verdict", lambda: site.status()["state"] == "killed")
+    site.llmrun("resume", "--wait")
+    ended(site)
+    assert "is done" in site.llmrun("resume")
+
+
+def test_starts_that_answer_nothing_end_after_the_third(site_on):
+    site = site_on()
+    setup = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 16 ))"
+    site.config(environment={"setup": [setup], "vars": {"FAKE_LLAMA_LOAD_S": "30"}})
+    if REAL:
+        pytest.skip("a tiny model loads at once")
+    site.llmrun("submit", "config.json")
+    state = ended(site, code=4)
+    assert len(lives(site)) == 3 and "slurm] time" in state["detail"] and "3 starts in a row" in state["detail"]
