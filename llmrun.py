@@ -224,9 +224,10 @@ def log(text):
 
 
 def process_birth(pid):
-    """A process's start time in clock ticks: with the pid it names one process for ever."""
+    """A process's start time in clock ticks: with the pid it names one process for ever. 0 for one that is dead."""
     with contextlib.suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return 0 if stat[0] in "ZX" else int(stat[19])
     return 0
 
 
@@ -2117,6 +2118,7 @@ class Agent:
         self.last_heard = clock()
         self.ending = asyncio.get_running_loop().create_future()
         self.term_end = None
+        self.orphaned = False
 
     async def serve(self):
         loop = asyncio.get_running_loop()
@@ -2132,6 +2134,9 @@ class Agent:
         for task in tasks:
             task.cancel()
         self.kill_all()
+        if self.orphaned and "LLMRUN_REQUEUE" in os.environ:
+            # The driver's node is gone, and Slurm may take many minutes to see that. The first agent to ask is heard.
+            Slurm(os.environ).requeue(os.environ["SLURM_JOB_ID"])
 
     def facts(self):
         cpus = len(os.sched_getaffinity(0))
@@ -2164,14 +2169,8 @@ class Agent:
             self.send(beat=1)
             if await stalled(BEAT_S):
                 self.last_heard = clock()
+        self.orphaned = True
         self.end()
-        self.go_on_without_driver()
-
-    @staticmethod
-    def go_on_without_driver():
-        """Its node is gone, and Slurm may take many minutes to see that; the first agent that asks is heard."""
-        if "LLMRUN_REQUEUE" in os.environ:
-            Slurm(os.environ).requeue(os.environ["SLURM_JOB_ID"])
 
     async def obey(self, order):
         """Do one order and send its answer; what goes wrong is the answer too."""
@@ -2308,7 +2307,7 @@ class Agent:
             self.term_end = asyncio.get_running_loop().call_later(seconds, self.end)
 
     async def order_end(self):
-        asyncio.get_running_loop().call_soon(self.end)
+        asyncio.get_running_loop().call_soon(self.end)  # after the answer
 
     def kill_all(self):
         for started, _, _ in self.processes.values():
@@ -4241,6 +4240,7 @@ class Orders:
         for number, code, why in stopping:
             self.loop.add_signal_handler(number, self.stop, Ending(code, why))
         self.loop.add_signal_handler(signal.SIGUSR1, self.on_warning)
+        self.loop.add_signal_handler(signal.SIGUSR2, self.stop, Ending(WORK_LEFT, "its batch process was killed", True))
 
     def stop(self, ending):
         """End now: unwind everything. Both TERM and INT may come twice; the first one counts."""
@@ -4292,6 +4292,34 @@ class Orders:
         return self.agent_termed.is_set() or self.ending is not None
 
 
+def supervise(live_once):
+    """Do a life in a process of its own, and another one should it be killed: by the kernel for its memory, say.
+
+    Signals are passed on. Should this process be killed, the other hears SIGUSR2."""
+    told, child = [], 0
+
+    def pass_on(number, frame):
+        told.append(number)
+        if child:
+            os.kill(child, number)
+    passed_on = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+    for number in passed_on:
+        signal.signal(number, pass_on)
+    while True:
+        child = os.fork()
+        if not child:
+            for number in passed_on:
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
+            return live_once()
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            return os.WEXITSTATUS(status)
+        log(f"the driver was killed by {signal.Signals(os.WTERMSIG(status)).name}")
+        if set(told) - {signal.SIGUSR1}:
+            return WORK_LEFT
+
+
 def drive(run, allocation, shape=0, failed_again=False):
     """One life of a driver, from its first event to its last; its exit code."""
     config = run.config(shape)
@@ -4304,15 +4332,17 @@ def drive(run, allocation, shape=0, failed_again=False):
             log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
     gc.freeze()  # the program itself is no garbage: look only at what comes, and not after every 700 objects
     gc.set_threshold(20000, 20, 100)
-    tell("start", job=allocation.job, submitted=allocation.submitted, pid=os.getpid(), host=socket.gethostname(), nodes=allocation.nodes,
-         born=process_birth(os.getpid()), python=sys.version.split()[0])
+    tell("start", job=allocation.job, submitted=allocation.submitted, nodes=allocation.nodes, pid=os.getpid(),
+         born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0])
     journal, tally, claims, ending = Journal(run, life, tell), Tally(), None, Ending(DONE)
     try:
         prompts = Input.load(run, config, model_name(config))
         claims = Claims(run, life, Marks(run, prompts), chunk_starts(len(prompts), run.config().slurm.jobs))
         if failed_again:
             claims.marks.forget_failures()
-        if not claims.finished:
+        if fruitless_lives(run, life) > MAX_FRUITLESS:  # whoever started us again and again
+            ending = Ending(CLUSTER_FAILED, f"{MAX_FRUITLESS} starts in a row answered nothing; `logs` shows them")
+        elif not claims.finished:
             ending = asyncio.run(live(run, config, life, allocation, prompts, claims, journal, tally, tell))
     except UserError as error:
         ending = Ending(error.exit_code, str(error))
@@ -4409,7 +4439,7 @@ def go_on(run, config, life, allocation, shape, claims, ending):
 def after_term(allocation):
     """(why, whether to go on by ourselves, how it goes on else) for a job that Slurm ended by TERM.
 
-    While it ends, its state is only COMPLETING; who ended it shows in its restarts and its preemption (seen on 22.05)."""
+    While it ends its state is only COMPLETING; who ended it shows in its restarts and preemption (seen on 22.05)."""
     detail = Slurm(os.environ).detail(allocation.job)
     restarts = re.search(r"\bRestarts=(\d+)", detail)
     if restarts and int(restarts.group(1)) > allocation.restart:
@@ -4459,7 +4489,7 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
     pump = Pump(claims.next, prompts.prompt, keep, allocation.ends_at, lambda: journal.trouble)
     size = len(allocation.nodes) // config.engine.replicas
     try:
-        async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(config),
+        async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(run, config, allocation),
                           lambda name: run.logs_of(life) / f"{name}-agent.log", told, config.slurm.join_timeout,
                           enough=size if config.engine.replicas > 1 else None) as nodes:
             tell("agents_up", nodes=len(nodes))
@@ -4520,9 +4550,9 @@ def agent_starter(run, allocation):
     return command
 
 
-def agent_environment(config):
+def agent_environment(run, config, allocation):
     environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
-    if config.slurm.requeue and "SLURM_JOB_ID" in environment:
+    if config.slurm.requeue and "shape" in run.submits().get(allocation.submitted, {}):
         environment["LLMRUN_REQUEUE"] = "1"
     return environment
 
@@ -4888,7 +4918,8 @@ def command_drive(args):
             run.record_submit(int(job))
     else:
         run = Run(args.run)
-    return drive(run, find_allocation(os.environ, run.config(args.shape).slurm.nodes), args.shape, args.failed)
+    nodes = run.config(args.shape).slurm.nodes
+    return supervise(lambda: drive(run, find_allocation(os.environ, nodes), args.shape, args.failed))
 
 
 def serve_agent(name):

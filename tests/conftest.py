@@ -4,6 +4,7 @@ who works there with nothing but llmrun.py in a folder."""
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -149,6 +150,17 @@ class Site:
             return [pid for pid, argv in self.processes() if all(word in " ".join(argv) for word in words)
                     and "srun" not in argv[0]]
         return wait_for(f"a process with {words}", found)[0]
+
+    def kill_driver(self):
+        """As the kernel does when memory is short."""
+        starts = [event for event in self.events() if event["event"] == "start"]
+        os.kill(max(starts, key=lambda start: start["time"])["pid"], signal.SIGKILL)
+
+    def kill_job(self):
+        """The process that Slurm started, and with it the driver below it."""
+        parent, child = sorted(pid for pid, argv in self.processes() if "drive" in argv)
+        for pid in (parent, child):
+            os.kill(pid, signal.SIGKILL)
 
     def assert_nothing_left(self, timeout_s=5):
         wait_for(f"no process to be left, of {self.processes()}", lambda: not self.processes(), timeout_s)

@@ -92,6 +92,18 @@ def test_a_batch_of_three_time_slots_is_one_submit(site_on):
     assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == SOME, "nothing asked twice"
 
 
+@pytest.mark.parametrize("proctrack", ["cgroup", "linuxproc"])
+def test_an_early_warning_lets_running_prompts_finish_and_the_job_goes_on(site_on, proctrack):
+    site = site_on(proctrack=proctrack)
+    site.slow(SOME)
+    site.llmrun("submit", "config.json")
+    answering(site)
+    subprocess.run(["scancel", "-b", "-s", "USR1", str(site.status()["job"])], env=site.env, check=True)
+    ended(site)
+    assert [end["next"] for end in ends(site)] == ["requeued", ""]
+    assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == SOME, "nothing was cut off"
+
+
 @pytest.mark.parametrize("words", ["PreemptMode=REQUEUE", "PreemptMode=REQUEUE GraceTime=20",
                                    "PreemptMode=CANCEL", "PreemptMode=CANCEL GraceTime=20"])
 def test_a_preempted_run_comes_back_and_finishes(site_on, words):
@@ -108,19 +120,6 @@ def test_a_preempted_run_comes_back_and_finishes(site_on, words):
         assert "preempted" in before["why"]
     assert before["next"] == "requeued"
     assert len(site.journal()) == state["total"], "every finished prompt was kept"
-
-
-@pytest.mark.skipif(REAL, reason="the real cluster of the tests has no gang scheduling; tests/real/test_bench.py has it")
-def test_a_suspended_run_goes_on_where_it_was(site_on):
-    site = site_on(partitions={"low": "PreemptMode=SUSPEND"})
-    site.slow(SOME)
-    site.config(slurm={"partition": "low"})
-    site.llmrun("submit", "config.json")
-    answering(site)
-    preempt(site, 4)
-    wait_for("the suspension", lambda: site.status()["state"] == "suspended")
-    ended(site)
-    assert len(lives(site)) == 1
 
 
 def test_scancel_is_the_end(site_on):
@@ -160,17 +159,6 @@ def test_an_engine_that_died_is_started_again(site_on, victim):
     assert "was killed by SIGKILL" in died["why"] or "killed" in died["why"], died
     assert len(lives(site)) == 1 and len([e for e in site.events() if e["event"] == "ready"]) == 2
     assert len(site.journal()) == SOME, "no prompt was answered twice"
-
-
-@pytest.mark.skipif(REAL, reason="a real engine cannot be made to die of a prompt")
-def test_one_poisonous_prompt_is_failed_and_no_other(site_on):
-    site = site_on()
-    site.config(environment={"vars": {"FAKE_LLAMA_POISON": "Question 3:", "FAKE_LLAMA_TTFT_S": "0.2"}})
-    site.llmrun("submit", "config.json")
-    state = ended(site, code=1)
-    assert state["done"] == 5 and state["failed"] == 1
-    failed = json.loads((site.run / "results" / "errors.jsonl").read_text())
-    assert failed["custom_id"].endswith("003.txt") and "in flight when the engine died" in failed["error"]["message"]
 
 
 def test_a_run_with_a_replica_left_goes_on_without_a_lost_node(site_on):
@@ -259,19 +247,28 @@ def test_resume_goes_on_with_a_run_whose_driver_was_killed(site_on):
     answering(site)
     said = site.llmrun("resume", code=2)
     assert "there is nothing to resume" in said
-    os.kill(site.process("drive"), signal.SIGKILL)
+    site.kill_job()
     wait_for("the verdict", lambda: site.status()["state"] == "killed")
     site.llmrun("resume", "--wait")
     ended(site)
     assert "is done" in site.llmrun("resume")
 
 
-def test_starts_that_answer_nothing_end_after_the_third(site_on):
+def test_a_killed_driver_is_followed_by_another_at_once(site_on):
     site = site_on()
-    setup = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 16 ))"
-    site.config(environment={"setup": [setup], "vars": {"FAKE_LLAMA_LOAD_S": "30"}})
-    if REAL:
-        pytest.skip("a tiny model loads at once")
+    site.slow(SOME)
     site.llmrun("submit", "config.json")
-    state = ended(site, code=4)
-    assert len(lives(site)) == 3 and "slurm] time" in state["detail"] and "3 starts in a row" in state["detail"]
+    answering(site)
+    site.kill_driver()
+    ended(site)
+    assert [name.split(".")[1:] for name in lives(site)] == [["0", "0"], ["0", "1"]], "the same job, and no requeue"
+
+
+def test_a_batch_process_that_was_killed_alone_comes_back(site_on):
+    site = site_on()
+    site.slow(SOME)
+    site.llmrun("submit", "config.json")
+    answering(site)
+    os.kill(min(pid for pid, argv in site.processes() if "drive" in argv), signal.SIGKILL)
+    ended(site)
+    assert ends(site)[0]["next"] == "requeued" and "batch process" in ends(site)[0]["why"]

@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 
-import pytest
 from conftest import wait_for
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -66,7 +64,7 @@ def test_a_killed_driver_is_noticed_and_named(site):
     site.config(slurm={"nodes": 2})
     waiting = site.start("submit", "config.json", "--wait")
     wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= 2)
-    os.kill(site.process("drive"), signal.SIGKILL)
+    site.kill_job()
     site.assert_nothing_left(10)
     output, _ = waiting.communicate(timeout=40)
     assert waiting.returncode == 3, output
@@ -185,7 +183,7 @@ def test_a_killed_life_is_resumed_and_nothing_is_asked_twice(site):
     site.slow()
     waiting = site.start("submit", "config.json", "--wait")
     wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= 3)
-    os.kill(site.process("drive"), signal.SIGKILL)
+    site.kill_job()
     waiting.communicate(timeout=40)
     site.assert_nothing_left(10)
     before = {line["custom_id"] for line in site.journal()}

@@ -5,7 +5,6 @@
 Prints the peak memory of each life, the rate at the start and at the end of an undisturbed stretch, how long a resume
 takes when all is done, and whether there is exactly one result for each prompt."""
 
-import asyncio
 import json
 import random
 import resource
@@ -18,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pump import Server, llmrun  # noqa: E402
+from pump import Server  # noqa: E402
+from ready import OneLife, config_of, llmrun, make_run  # noqa: E402
 
-KILLS = 10
+KILLS, CONNECTIONS = 10, 64
 
 
 def write_input(path, count):
@@ -32,48 +32,22 @@ def write_input(path, count):
                                    "body": body}) + "\n")
 
 
-def config_of(folder):
-    return llmrun.build_config(llmrun.Config, {"prompts": {"user": str(folder / "in.jsonl")}, "run_dir": str(folder / "runs"),
-                                               "engine": {"name": "echo", "concurrency": 64}}, "config.json", None)
-
-
 def life(folder, port):
-    """One life, in a process of its own: what `drive` does between the agents' start and their end."""
+    """One life, in a process of its own."""
     began = time.monotonic()
-    run, config = llmrun.all_runs(folder / "runs")[-1], config_of(folder)
-    llmrun.gc.freeze()
-    llmrun.gc.set_threshold(20000, 20, 100)
-    prompts = llmrun.Input.load(run, config, "m")
-    marks = llmrun.Marks(run, prompts)
-    numbers = llmrun.array.array("Q", (n for n in range(len(prompts)) if marks.state[n] != llmrun.Marks.DONE))
+    one = OneLife(folder, CONNECTIONS)
     resumed_s = time.monotonic() - began
-    del marks
-    journal, tally = llmrun.Journal(run, run.new_life(0, 0)), llmrun.Tally()
+    last, rates = (time.monotonic(), 0), []
 
-    class Ready(llmrun.Replica):
-        async def failure(self):
-            await asyncio.Event().wait()
-
-    async def work():
-        replica = Ready(0, llmrun.Echo(config, run, "0.0.0", 1), [], print)
-        replica.client = llmrun.Client("127.0.0.1", port, "key")
-        marks_at, rates = (time.monotonic(), 0), []
-
-        def finish(result):
-            nonlocal marks_at
-            journal.add(result)
-            tally.add(result)
-            if tally.done - marks_at[1] >= 20000:
-                now = time.monotonic()
-                rates.append(20000 / (now - marks_at[0]))
-                marks_at = (now, tally.done)
-        pump = llmrun.Pump(numbers, prompts.prompt, finish, llmrun.math.inf)
-        await pump.run([(replica, asyncio.ensure_future(asyncio.sleep(0)))])
-        replica.client.close()
-        return rates
-    rates = asyncio.run(work()) if numbers else []
-    journal.close()
-    print(json.dumps({"rates": rates, "resumed_s": resumed_s, "asked": tally.done,
+    def keep(result):
+        nonlocal last
+        one.keep(result)
+        if one.tally.answers - last[1] >= 20000:
+            now = time.monotonic()
+            rates.append(20000 / (now - last[0]))
+            last = (now, one.tally.answers)
+    one.work(port, keep=keep)
+    print(json.dumps({"rates": rates, "resumed_s": resumed_s, "asked": one.tally.answers,
                       "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 
 
@@ -92,11 +66,9 @@ def main(count):
         try:
             write_input(folder / "in.jsonl", count)
             began = time.monotonic()
-            frozen = llmrun.freeze(config_of(folder), "m")
-            llmrun.create_run(config_of(folder), frozen, lambda run: "")
+            make_run(folder, CONNECTIONS)
             print(f"submit: {count} rows read and checked in {time.monotonic() - began:.1f} s, peak "
                   f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB", flush=True)
-            del frozen
             peaks, chance = [], random.Random(7)
             for _ in range(KILLS):
                 process = start(folder, server)
@@ -110,10 +82,9 @@ def main(count):
             done = json.loads(start(folder, server).communicate()[0])
         finally:
             server.stop()
-        run, config = llmrun.all_runs(folder / "runs")[-1], config_of(folder)
-        prompts = llmrun.Input.load(run, config, "m")
+        run, config = llmrun.all_runs(folder / "runs")[-1], config_of(folder, CONNECTIONS)
         began = time.monotonic()
-        results, marks = llmrun.write_results(run, config, prompts)
+        results = llmrun.write_results(run, config, llmrun.Marks(run, llmrun.Input.load(run, config, "m")))
         merged_s = time.monotonic() - began
         names = [json.loads(line)["custom_id"] for line in open(results / "results.jsonl")]
         assert names == [f"request-{number}" for number in range(count)], "one result each, in input order"
@@ -124,7 +95,7 @@ def main(count):
         print(f"peak memory: {max(peaks + [told['peak_mb']]):.0f} MB in any life")
         print(f"a resume with all done: {done['resumed_s']:.1f} s, {done['asked']} asked; results written in {merged_s:.1f} s")
         print(f"exactly one result for each of {len(names)} prompts; journal lines: "
-              f"{sum(1 for path in run.segments() for line in open(path, 'rb'))}")
+              f"{sum(1 for segment in run.segments() for line in open(segment.path, 'rb'))}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@
 
 The server is nginx with a fixed completion, pinned to another core. Side by side: llmrun's pump with durable results;
 bare asyncio streams that do nothing with the answer (the ceiling for Python); aiohttp bare; the OpenAI SDK, plain and
-over aiohttp; `requests` in threads. Rounds alternate, so that a noisy neighbour meets them all."""
+over aiohttp; `requests` in threads. Rounds alternate, so that a noisy neighbour meets them all.
+
+Then the same sides against the fake llama-server, whose 64 slots give tokens at a set rate: how much of what the engine
+can do each of them gets."""
 
 import asyncio
 import concurrent.futures
@@ -16,10 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS.parent))
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
+
+from fakes.build import make_build, make_model  # noqa: E402
+from ready import OneLife, make_run  # noqa: E402
 
 import llmrun  # noqa: E402
 
@@ -130,65 +137,79 @@ def requests_threads(port, count):
 def llmrun_pump(port, count):
     """The driver's own path from a JSONL input to a durable journal, with one replica that is always ready."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with open(folder / "in.jsonl", "w") as file:
+        with open(Path(name) / "in.jsonl", "w") as file:
             for number in range(count):
                 file.write(f'{{"custom_id": "r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {BODY}}}\n')
-        config = llmrun.build_config(llmrun.Config, {"prompts": {"user": str(folder / "in.jsonl")}, "run_dir": str(folder / "runs"),
-                                                     "engine": {"name": "echo", "concurrency": CONNECTIONS}}, "c", None)
-        run = llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
-        prompts = llmrun.Input.load(run, config, "m")
-        journal, tally = llmrun.Journal(run, run.new_life(0, 0)), llmrun.Tally()
-
-        class Ready(llmrun.Replica):
-            async def failure(self):
-                await asyncio.Event().wait()
-
-        async def work():
-            replica = Ready(0, llmrun.Echo(config, run, "0.0.0", 1), [], print)
-            replica.client = llmrun.Client("127.0.0.1", port, "key")
-
-            def finish(result):
-                journal.add(result)
-                tally.add(result)
-            pump = llmrun.Pump(range(len(prompts)), prompts.prompt, finish, llmrun.math.inf)
-            await pump.run([(replica, asyncio.ensure_future(asyncio.sleep(0)))])
-            replica.client.close()
-        llmrun.gc.freeze()
-        llmrun.gc.set_threshold(20000, 20, 100)
+        make_run(Path(name), CONNECTIONS)
+        life = OneLife(Path(name), CONNECTIONS)
         began = time.perf_counter()
-        asyncio.run(work())
-        journal.close()
+        life.work(port)
         took = time.perf_counter() - began
-        assert tally.done == count, tally.done
+        assert life.tally.answers == count, life.tally.answers
         return took
 
 
-SIDES = {"bare asyncio streams": bare_streams, "llmrun's pump, durable": llmrun_pump, "aiohttp, bare": bare_aiohttp,
+OURS = "llmrun's pump, durable"
+SIDES = {"bare asyncio streams": bare_streams, OURS: llmrun_pump, "aiohttp, bare": bare_aiohttp,
          "OpenAI SDK": openai_sdk, "OpenAI SDK over aiohttp": lambda port, count: openai_sdk(port, count, True),
          "requests in threads": requests_threads}
 SLOW = ("OpenAI SDK", "OpenAI SDK over aiohttp", "requests in threads")
 
 
+def alternate(port, asked):
+    """Requests a second of each side, by the median of alternating rounds; `asked(name)` of them each."""
+    rates = {name: [] for name in SIDES}
+    for _ in range(ROUNDS):
+        for name, side in SIDES.items():
+            began = time.perf_counter()
+            took = side(port, asked(name)) or time.perf_counter() - began
+            rates[name].append(asked(name) / took)
+    return {name: statistics.median(seen) for name, seen in rates.items()}
+
+
+class PacedEngine:
+    """The fake llama-server with a slot for each connection; an answer takes ANSWER_S."""
+
+    ANSWER_S, TOKENS = 0.8, 64
+
+    def __init__(self, folder):
+        make_build(folder / "bin")
+        make_model(folder / "m.gguf")
+        with llmrun.listen_on(0) as free:
+            self.port = free.getsockname()[1]
+        env = dict(os.environ, FAKE_LLAMA_TOKENS_PER_S=str(self.TOKENS / self.ANSWER_S))
+        self.process = subprocess.Popen(
+            [str(folder / "bin" / "llama-server"), "-m", str(folder / "m.gguf"), "--host", "127.0.0.1", "--port", str(self.port),
+             "-np", str(CONNECTIONS), "-c", str(CONNECTIONS * 512)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))}))
+        while True:
+            with llmrun.contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health") as health:
+                if health.status == 200:
+                    return
+            time.sleep(0.02)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
 def main(count):
-    with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        server, engine = Server(folder), PacedEngine(folder)
         try:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            rates = {name: [] for name in SIDES}
-            for _ in range(ROUNDS):
-                for name, side in SIDES.items():
-                    asked = count // 10 if name in SLOW else count
-                    began = time.perf_counter()
-                    took = side(server.port, asked) or time.perf_counter() - began
-                    rates[name].append(asked / took)
+            rates = alternate(server.port, lambda side: count // 10 if side in SLOW else count)
+            print(f"{'a server that answers at once':30} {'requests/s':>10} {'llmrun is':>10}")
+            for side, rate in rates.items():
+                print(f"{side:30} {rate:10.0f} {rates[OURS] / rate:9.2f}x")
+            paced = alternate(engine.port, lambda side: 8 * CONNECTIONS)
+            print(f"\n{'an engine with a set rate':30} {'requests/s':>10} {'of a bare client':>16}")
+            for side, rate in paced.items():
+                print(f"{side:30} {rate:10.1f} {rate / paced['bare asyncio streams']:15.0%}")
         finally:
             server.stop()
-    ours = statistics.median(rates["llmrun's pump, durable"])
-    print(f"{'':26} {'requests/s':>10} {'llmrun is':>10}")
-    for name, seen in rates.items():
-        rate = statistics.median(seen)
-        print(f"{name:26} {rate:10.0f} {ours / rate:9.2f}x")
+            engine.stop()
 
 
 if __name__ == "__main__":

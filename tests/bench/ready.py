@@ -1,0 +1,58 @@
+"""What the pump's benches share: a run made of a JSONL file, and one life of it with an engine that is always ready."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import llmrun  # noqa: E402
+
+
+class Ready(llmrun.Replica):
+    """An engine that somebody else has started."""
+
+    async def failure(self):
+        await asyncio.Event().wait()
+
+
+def config_of(folder, connections):
+    return llmrun.build_config(llmrun.Config, {
+        "prompts": {"user": str(folder / "in.jsonl")}, "run_dir": str(folder / "runs"),
+        "engine": {"name": "echo", "concurrency": connections}}, "config.json", None)
+
+
+def make_run(folder, connections):
+    config = config_of(folder, connections)
+    return llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
+
+
+class OneLife:
+    """What `drive` does between the agents' start and their end: claims, pump, journal."""
+
+    def __init__(self, folder, connections):
+        llmrun.gc.freeze()
+        llmrun.gc.set_threshold(20000, 20, 100)
+        self.config, self.run = config_of(folder, connections), llmrun.all_runs(folder / "runs")[-1]
+        self.prompts = llmrun.Input.load(self.run, self.config, "m")
+        self.life, self.tally = self.run.new_life(0, 0), llmrun.Tally()
+        starts = llmrun.chunk_starts(len(self.prompts), 1)
+        self.claims = llmrun.Claims(self.run, self.life, llmrun.Marks(self.run, self.prompts), starts)
+        self.journal = llmrun.Journal(self.run, self.life)
+
+    def keep(self, result):
+        self.journal.add(result)
+        self.tally.add(result)
+        self.claims.marks.settle(result.prompt.key, result.ok)
+
+    def work(self, port, key="key", keep=None):
+        async def pump_all():
+            replica = Ready(0, llmrun.Echo(self.config, self.run, self.life, 1), [], print)
+            replica.client = llmrun.Client("127.0.0.1", port, key)
+            pump = llmrun.Pump(self.claims.next, self.prompts.prompt, keep or self.keep, llmrun.math.inf)
+            await pump.run([(replica, asyncio.ensure_future(asyncio.sleep(0)))])
+            replica.client.close()
+        if not self.claims.finished:
+            asyncio.run(pump_all())
+        self.journal.close()
+        self.claims.end()
