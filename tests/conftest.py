@@ -18,6 +18,7 @@ REAL = os.environ.get("LLMRUN_BENCH") == "real"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 TINY_MODEL = "tiny.gguf"
+SOME = 40 if REAL else 20  # prompts that take a few seconds
 
 
 def wait_for(what, condition, timeout_s=30):
@@ -162,6 +163,35 @@ class Site:
         for pid in (parent, child):
             os.kill(pid, signal.SIGKILL)
 
+    def answering(self, count=2):
+        wait_for("a few answers", lambda: self.runs() and len(self.journal()) >= count)
+
+    def ended(self, code=0, timeout_s=90):
+        """The state once the run has ended; when all is done there is one result for every prompt."""
+        try:
+            wait_for("the end", lambda: self.status()["exit_code"] is not None, timeout_s)
+        except AssertionError:
+            raise AssertionError(f"{self.status()}\n{self.job_output()}")
+        state = self.status()
+        assert state["exit_code"] == code, (state, self.job_output())
+        if code == 0:
+            lines = (self.run / "results" / "results.jsonl").read_text().splitlines()
+            names = [json.loads(line)["custom_id"] for line in lines]
+            assert len(names) == len(set(names)) == len(self.results()) == state["total"] == state["done"]
+        return state
+
+    def ends(self):
+        return [event for event in self.events() if event["event"] == "end"]
+
+    def lives(self):
+        return sorted(path.name[:-6] for path in self.run.glob("events/*.jsonl"))
+
+    def preempt(self, seconds=2):
+        """A job of the high partition that takes all nodes for a while."""
+        (self.folder / "high.sh").write_text(f"#!/bin/bash\nsleep {seconds}\n")
+        subprocess.run(["sbatch", "-p", "high", "-N4", "-c", "4", "-o", "/dev/null", "-t", "5", "high.sh"],
+                       cwd=self.folder, env=self.env, check=True, stdout=subprocess.PIPE)
+
     def assert_nothing_left(self, timeout_s=5):
         wait_for(f"no process to be left, of {self.processes()}", lambda: not self.processes(), timeout_s)
 
@@ -175,3 +205,35 @@ def site(tmp_path, cluster, engine):
         for submitted in run.glob("events/*.submit.json"):
             subprocess.run(["scancel", submitted.name.split(".")[0]], env=site.env)
     site.assert_nothing_left(20)
+
+
+@pytest.fixture
+def site_on(tmp_path, engine):
+    """site_on(partitions={"low": "GraceTime=5"}) is a user's folder on a cluster of its own."""
+    sites = []
+
+    def make(partitions=None, kill_wait=3, **settings):
+        (tmp_path / "cluster").mkdir()
+        (tmp_path / "home").mkdir()
+        if REAL:
+            from real.cluster import RealCluster
+            cluster = RealCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **settings)
+        else:
+            from fake_slurm.cluster import FakeCluster
+            settings = {"FakeTick": 0.5, "FakeRequeueDelay": 0.5, "proctrack": "linuxproc", **settings}
+            cluster = FakeCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **settings)
+        cluster.start()
+        site = Site(tmp_path / "home", cluster, engine)
+        site.config()
+        sites.append(site)
+        return site
+
+    yield make
+    for site in sites:
+        for run in site.runs():
+            (run / "stop").touch()
+        try:
+            subprocess.run(["scancel", "-u", "root"], env=site.env)
+            site.assert_nothing_left(20)
+        finally:
+            site.cluster.stop()

@@ -8,77 +8,9 @@ import signal
 import subprocess
 
 import pytest
-from conftest import REAL, Site, wait_for
+from conftest import SOME, wait_for
 
-SOME = 40 if REAL else 20
 SLOT = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 22 ))"  # a time limit in seconds; Slurm's own are whole minutes
-
-
-@pytest.fixture
-def site_on(tmp_path, engine):
-    """site_on(partitions={"low": "GraceTime=5"}) is a user's folder on a cluster of its own."""
-    sites = []
-
-    def make(partitions=None, kill_wait=3, **settings):
-        (tmp_path / "cluster").mkdir()
-        (tmp_path / "home").mkdir()
-        if REAL:
-            from real.cluster import RealCluster
-            cluster = RealCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **settings)
-        else:
-            from fake_slurm.cluster import FakeCluster
-            settings = {"FakeTick": 0.5, "FakeRequeueDelay": 0.5, "proctrack": "linuxproc", **settings}
-            cluster = FakeCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **settings)
-        cluster.start()
-        site = Site(tmp_path / "home", cluster, engine)
-        site.config()
-        sites.append(site)
-        return site
-
-    yield make
-    for site in sites:
-        for run in site.runs():
-            (run / "stop").touch()
-        try:
-            subprocess.run(["scancel", "-u", "root"], env=site.env)
-            site.assert_nothing_left(20)
-        finally:
-            site.cluster.stop()
-
-
-def answering(site, count=2):
-    wait_for("a few answers", lambda: site.runs() and len(site.journal()) >= count)
-
-
-def ended(site, code=0, timeout_s=90):
-    """The state once the run has ended, and every prompt's one result."""
-    try:
-        wait_for("the end", lambda: site.status()["exit_code"] is not None, timeout_s)
-    except AssertionError:
-        raise AssertionError(f"{site.status()}\n{site.job_output()}")
-    state = site.status()
-    assert state["exit_code"] == code, (state, site.job_output())
-    if code == 0:
-        lines = [json.loads(line) for line in (site.run / "results" / "results.jsonl").read_text().splitlines()]
-        names = [line["custom_id"] for line in lines]
-        assert len(names) == len(set(names)) == state["total"] == state["done"]
-        assert len(site.results()) == state["total"]
-    return state
-
-
-def ends(site):
-    return [event for event in site.events() if event["event"] == "end"]
-
-
-def lives(site):
-    return sorted(path.name[:-6] for path in site.run.glob("events/*.jsonl"))
-
-
-def preempt(site, seconds=2):
-    """A job of the high partition that takes all nodes for a while."""
-    (site.folder / "high.sh").write_text(f"#!/bin/bash\nsleep {seconds}\n")
-    subprocess.run(["sbatch", "-p", "high", "-N4", "-c", "4", "-o", "/dev/null", "-t", "5", "high.sh"], cwd=site.folder,
-                   env=site.env, check=True, stdout=subprocess.PIPE)
 
 
 def test_a_batch_of_three_time_slots_is_one_submit(site_on):
@@ -86,9 +18,9 @@ def test_a_batch_of_three_time_slots_is_one_submit(site_on):
     site.slow(SOME)
     site.config(environment={"setup": [SLOT]}, slurm={"nodes": 2})
     site.llmrun("submit", "config.json")
-    ended(site)
-    assert len(lives(site)) >= 3 and all(name.split(".")[0] == lives(site)[0].split(".")[0] for name in lives(site))
-    assert {end["next"] for end in ends(site)[:-1]} == {"requeued"}
+    site.ended()
+    assert len(site.lives()) >= 3 and all(name.split(".")[0] == site.lives()[0].split(".")[0] for name in site.lives())
+    assert {end["next"] for end in site.ends()[:-1]} == {"requeued"}
     assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == SOME, "nothing asked twice"
 
 
@@ -97,10 +29,10 @@ def test_an_early_warning_lets_running_prompts_finish_and_the_job_goes_on(site_o
     site = site_on(proctrack=proctrack)
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     subprocess.run(["scancel", "-b", "-s", "USR1", str(site.status()["job"])], env=site.env, check=True)
-    ended(site)
-    assert [end["next"] for end in ends(site)] == ["requeued", ""]
+    site.ended()
+    assert [end["next"] for end in site.ends()] == ["requeued", ""]
     assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == SOME, "nothing was cut off"
 
 
@@ -111,11 +43,11 @@ def test_a_preempted_run_comes_back_and_finishes(site_on, words):
     site.slow(SOME)
     site.config(slurm={"nodes": 2, "partition": "low"})
     site.llmrun("submit", "config.json")
-    answering(site, 4)
-    preempt(site)
-    state = ended(site)
-    before, after = ends(site)[0], ends(site)[-1]
-    assert len(lives(site)) == 2 and before["code"] == 4 and after["code"] == 0
+    site.answering(4)
+    site.preempt()
+    state = site.ended()
+    before, after = site.ends()[0], site.ends()[-1]
+    assert len(site.lives()) == 2 and before["code"] == 4 and after["code"] == 0
     if "GraceTime" in words:
         assert "preempted" in before["why"]
     assert before["next"] == "requeued"
@@ -126,10 +58,10 @@ def test_scancel_is_the_end(site_on):
     site = site_on()
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     subprocess.run(["scancel", str(site.status()["job"])], env=site.env, check=True)
-    state = ended(site, code=4)
-    assert "cancelled" in state["detail"] and ends(site)[0]["next"] == ""
+    state = site.ended(code=4)
+    assert "cancelled" in state["detail"] and site.ends()[0]["next"] == ""
     site.assert_nothing_left(8)
 
 
@@ -137,13 +69,13 @@ def test_cancel_drain_lets_running_prompts_finish(site_on):
     site = site_on()
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     assert "finishes what is under way" in site.llmrun("cancel", "--drain")
-    state = ended(site, code=4)
+    state = site.ended(code=4)
     assert 2 <= state["done"] < SOME and all(line["llmrun"]["ok"] for line in site.journal())
-    assert ends(site)[0]["next"] == "" and len(lives(site)) == 1
+    assert site.ends()[0]["next"] == "" and len(site.lives()) == 1
     site.llmrun("resume", "--wait")
-    assert ended(site)["done"] == SOME
+    assert site.ended()["done"] == SOME
 
 
 @pytest.mark.parametrize("victim", ["/llama-server ", "-H"])
@@ -152,12 +84,12 @@ def test_an_engine_that_died_is_started_again(site_on, victim):
     site.slow(SOME)
     site.config(slurm={"nodes": 2})
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     os.kill(site.process(victim), signal.SIGKILL)
-    ended(site)
+    site.ended()
     died = site.wait_for_event("engine_died")
     assert "was killed by SIGKILL" in died["why"] or "killed" in died["why"], died
-    assert len(lives(site)) == 1 and len([e for e in site.events() if e["event"] == "ready"]) == 2
+    assert len(site.lives()) == 1 and len([e for e in site.events() if e["event"] == "ready"]) == 2
     assert len(site.journal()) == SOME, "no prompt was answered twice"
 
 
@@ -166,11 +98,11 @@ def test_a_run_with_a_replica_left_goes_on_without_a_lost_node(site_on):
     site.slow(SOME)
     site.config(slurm={"nodes": 2}, engine={"replicas": 2})
     site.llmrun("submit", "config.json")
-    answering(site, 4)
+    site.answering(4)
     nodes = site.status()["nodes"]
     os.kill(site.process(" agent " + nodes[1]), signal.SIGKILL)
-    state = ended(site)
-    assert len(lives(site)) == 1 and nodes[1] in state["lost"][0]
+    state = site.ended()
+    assert len(site.lives()) == 1 and nodes[1] in state["lost"][0]
 
 
 def test_without_a_replica_left_another_job_goes_on_elsewhere(site_on):
@@ -178,11 +110,11 @@ def test_without_a_replica_left_another_job_goes_on_elsewhere(site_on):
     site.slow(SOME)
     site.config(slurm={"nodes": 2})
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     nodes = site.status()["nodes"]
     os.kill(site.process(" agent " + nodes[1]), signal.SIGKILL)
-    state = ended(site)
-    assert nodes[1] in state["lost"][0] and ends(site)[0]["next"].startswith("job ")
+    state = site.ended()
+    assert nodes[1] in state["lost"][0] and site.ends()[0]["next"].startswith("job ")
     starts = [event for event in site.events() if event["event"] == "start"]
     assert nodes[1] in starts[0]["nodes"] and nodes[1] not in starts[1]["nodes"]
 
@@ -197,7 +129,7 @@ def test_a_node_that_never_joins_is_named_and_not_asked_for_again(site_on):
     site.env["PATH"] = f"{shim.parent}:{site.env['PATH']}"
     site.config(slurm={"nodes": 2, "join_timeout": "2s"})
     site.llmrun("submit", "config.json")
-    state = ended(site)
+    state = site.ended()
     starts = [event for event in site.events() if event["event"] == "start"]
     assert len(starts) == 2 and "node2" in starts[0]["nodes"] and "node2" not in starts[1]["nodes"]
     assert "node2" in state["lost"][0]
@@ -208,19 +140,19 @@ def test_an_array_shares_the_prompts_and_ends_together(site_on):
     site.slow(SOME)
     site.config(slurm={"jobs": 4})
     site.llmrun("submit", "config.json", "--wait")
-    state = ended(site)
+    state = site.ended()
     assert state["done"] == SOME and len(site.journal()) == SOME, "each prompt was asked once"
     by_life = [len(path.read_text().splitlines()) for path in site.run.glob("journal/*.jsonl")]
     assert len(by_life) == 4 and min(by_life) >= SOME // 8, by_life
-    wait_for("all lives to end", lambda: len(ends(site)) == 4)
+    wait_for("all lives to end", lambda: len(site.ends()) == 4)
 
 
 def test_waiting_tasks_are_cancelled_when_the_work_is_done(site_on):
     site = site_on()
     site.config(slurm={"jobs": 6, "max_running": 1})
     site.llmrun("submit", "config.json", "--wait")
-    ended(site)
-    assert len(lives(site)) == 1
+    site.ended()
+    assert len(site.lives()) == 1
     site.assert_nothing_left()
     wait_for("the queue to be empty", lambda: not subprocess.run(
         ["squeue", "-h"], env=site.env, stdout=subprocess.PIPE, text=True).stdout.strip())
@@ -230,10 +162,10 @@ def test_another_job_of_another_shape_joins(site_on):
     site = site_on()
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     run = site.run
     assert "submitted job" in site.llmrun("submit", "--join", run, "--set", "slurm.nodes=2", "--set", "engine.slots=4")
-    ended(site)
+    site.ended()
     assert len(site.journal()) == SOME and len(list(run.glob("journal/*.jsonl"))) == 2
     assert json.loads((run / "shapes" / "1" / "config.json").read_text())["slurm"]["nodes"] == 2
     said = site.llmrun("submit", "--join", run, "--set", "prompts.max_tokens=3", code=2)
@@ -244,13 +176,13 @@ def test_resume_goes_on_with_a_run_whose_driver_was_killed(site_on):
     site = site_on()
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     said = site.llmrun("resume", code=2)
     assert "there is nothing to resume" in said
     site.kill_job()
     wait_for("the verdict", lambda: site.status()["state"] == "killed")
     site.llmrun("resume", "--wait")
-    ended(site)
+    site.ended()
     assert "is done" in site.llmrun("resume")
 
 
@@ -258,17 +190,17 @@ def test_a_killed_driver_is_followed_by_another_at_once(site_on):
     site = site_on()
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     site.kill_driver()
-    ended(site)
-    assert [name.split(".")[1:] for name in lives(site)] == [["0", "0"], ["0", "1"]], "the same job, and no requeue"
+    site.ended()
+    assert [name.split(".")[1:] for name in site.lives()] == [["0", "0"], ["0", "1"]], "the same job, and no requeue"
 
 
 def test_a_batch_process_that_was_killed_alone_comes_back(site_on):
     site = site_on()
     site.slow(SOME)
     site.llmrun("submit", "config.json")
-    answering(site)
+    site.answering()
     os.kill(min(pid for pid, argv in site.processes() if "drive" in argv), signal.SIGKILL)
-    ended(site)
-    assert ends(site)[0]["next"] == "requeued" and "batch process" in ends(site)[0]["why"]
+    site.ended()
+    assert site.ends()[0]["next"] == "requeued" and "batch process" in site.ends()[0]["why"]

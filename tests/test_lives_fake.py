@@ -2,8 +2,7 @@
 
 import json
 
-from conftest import wait_for
-from test_lives import SOME, answering, ended, lives, preempt, site_on  # noqa: F401
+from conftest import SOME, wait_for
 
 
 def test_a_suspended_run_goes_on_where_it_was(site_on):
@@ -11,18 +10,18 @@ def test_a_suspended_run_goes_on_where_it_was(site_on):
     site.slow(SOME)
     site.config(slurm={"partition": "low"})
     site.llmrun("submit", "config.json")
-    answering(site)
-    preempt(site, 4)
+    site.answering()
+    site.preempt(4)
     wait_for("the suspension", lambda: site.status()["state"] == "suspended")
-    ended(site)
-    assert len(lives(site)) == 1
+    site.ended()
+    assert len(site.lives()) == 1
 
 
 def test_one_poisonous_prompt_is_failed_and_no_other(site_on):
     site = site_on()
     site.config(environment={"vars": {"FAKE_LLAMA_POISON": "Question 3:", "FAKE_LLAMA_TTFT_S": "0.2"}})
     site.llmrun("submit", "config.json")
-    state = ended(site, code=1)
+    state = site.ended(code=1)
     assert state["done"] == 5 and state["failed"] == 1
     failed = json.loads((site.run / "results" / "errors.jsonl").read_text())
     assert failed["custom_id"].endswith("003.txt") and "in flight when the engine died" in failed["error"]["message"]
@@ -33,5 +32,5 @@ def test_starts_that_answer_nothing_end_after_the_third(site_on):
     setup = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 16 ))"
     site.config(environment={"setup": [setup], "vars": {"FAKE_LLAMA_LOAD_S": "30"}})
     site.llmrun("submit", "config.json")
-    state = ended(site, code=4)
-    assert len(lives(site)) == 3 and "slurm] time" in state["detail"] and "3 starts in a row" in state["detail"]
+    state = site.ended(code=4)
+    assert len(site.lives()) == 3 and "slurm] time" in state["detail"] and "3 starts in a row" in state["detail"]
