@@ -996,14 +996,29 @@ def plan_nodes(config):
     kv_bytes = kv_cache_bytes(model, config.engine.context, config.engine.slots)
     if config.slurm.nodes != "auto":
         return Plan(config.slurm.nodes, model, kv_bytes)
-    room = config.model.vram_per_node - NODE_OVERHEAD_BYTES
     if not config.model.vram_per_node:
         raise config.error("slurm.nodes", "the GPU memory of a node is not known",
                            'write [model] vram_per_node = "24GB", or a number of nodes')
-    if room <= 0:
+    nodes = nodes_for(model.size_bytes + kv_bytes, config.model.vram_per_node)
+    if not nodes:
         raise config.error("model.vram_per_node", "less than the engine itself needs",
                            "write the memory of a whole node")
-    return Plan(-(-(model.size_bytes + kv_bytes) // room), model, kv_bytes)
+    return Plan(nodes, model, kv_bytes)
+
+
+def nodes_for(size_bytes, node_bytes):
+    """How many nodes with so much GPU memory hold so much; 0 if no number does."""
+    room = node_bytes - NODE_OVERHEAD_BYTES
+    return -(-size_bytes // room) if room > 0 else 0
+
+
+def what_would_fit(config, nodes, node_bytes):
+    """The mend for a model that did not fit into so many nodes."""
+    model = read_model(config)
+    size_bytes = model.size_bytes + kv_cache_bytes(model, config.engine.context, config.engine.slots)
+    wanted = max(nodes_for(size_bytes, node_bytes), nodes + 1) * config.engine.replicas
+    room = f", a node has {show_size(node_bytes)}: set [slurm] nodes = {wanted}" if node_bytes else ": add nodes"
+    return f"weights and context take {show_size(size_bytes)}{room}, or lower [engine] slots or context"
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -2581,6 +2596,10 @@ class Engine:
     def wants_devices(self, head_facts):
         return False
 
+    async def more_room(self, node):
+        """The mend for a model that did not fit."""
+        return MORE_ROOM
+
     def processes(self, group):
         """The (placed, process) pairs of a group in the order in which they start; the head is the last."""
         raise NotImplementedError
@@ -2666,13 +2685,20 @@ class LlamaCpp(Engine):
         heads = [line.strip() for line in answer["out"].splitlines() if line.lstrip().startswith("-")]
         flags = {word for head in heads for word in re.findall(r"(?:^|,\s*)(--?[a-zA-Z][\w-]*)", head)}
         if answer["code"] != 0 or "--port" not in flags:
-            raise explain_failure(f"{server} on {node.name}", answer["out"].splitlines(), f"code {answer['code']}")
+            ended = Exit(server, node.name, answer["code"], answer["out"].splitlines())
+            raise explain_failure(f"{server} on {node.name}", ended.tail, ended.how)
         if "--rpc" not in flags and self.group_size > 1:
             raise EngineFailed(node.name, f"{server} lacks RPC, which several nodes need", BUILD_WITH_RPC)
         return sorted(flags)
 
     def wants_devices(self, head_facts):
         return "--fit" not in head_facts["flags"] and self.group_size > 1
+
+    async def more_room(self, node):
+        with contextlib.suppress(UserError, OSError):  # the engine is gone: what is free now is what a node has
+            node_bytes = self.config.model.vram_per_node or sum(await node.ask("gpus")) * 2**20
+            return what_would_fit(self.config, self.group_size, node_bytes)
+        return MORE_ROOM
 
     def processes(self, group):
         head, others = group[0], group[1:]
@@ -2715,32 +2741,64 @@ class LlamaCpp(Engine):
 
 
 BUILD_WITH_RPC = "build llama.cpp with -DGGML_RPC=ON, or set [slurm] nodes = 1"
-EXEC_MENDS = {errno.ENOEXEC: "it was built for another CPU: build or fetch llama.cpp for these nodes",
+SAME_BUILD = "all nodes need the same build of llama.cpp: see [engine] path"
+FREE_PORTS = "set [engine] port and [engine.llama] rpc_port to 0 to take free ones"
+MORE_ROOM = "ask for more nodes or larger GPUs, or lower [engine] slots or context"
+EXEC_MENDS = {errno.ENOEXEC: "it was built for another CPU: [engine] path must name a build for these nodes",
               errno.EACCES: "make it executable: chmod +x", errno.ENOENT: "check [engine] path"}
 ENGINES = {engine.name: engine for engine in (LlamaCpp, Echo)}
 
-FAILURES = (  # in the last lines of a log, what it means, what to do
+FAILURES = (  # in one of a log's last lines or in how the process ended; what it means; what to do
     (r"[Aa]ddress already in use|couldn't bind|Failed to create server socket",
-     "its port is in use by another program", "set the port to 0 to take a free one, or name another"),
+     "its port is in use by another program", FREE_PORTS),
     (r"RPC not supported|invalid argument: --rpc", "it lacks RPC, which several nodes need", BUILD_WITH_RPC),
     (r"invalid argument: (\S+)", "this build does not know an argument", "see [engine] args"),
-    (r"Failed to connect to \S+|Remote RPC server crashed", "an RPC worker was lost or cannot be reached",
-     "see the worker's log; `logs` shows it"),
-    (r"out of memory|cudaMalloc failed|unable to allocate .* buffer|failed to allocate .*buffer",
-     "it ran out of memory", "ask for more nodes or larger GPUs, or lower [engine] slots or context"),
-    (r"unknown model architecture", "this build does not know the model's architecture", "use a newer llama.cpp"),
-    (r"error while loading shared libraries: (\S+)", "a shared library is missing on the node",
-     "load the module that brings it: [environment] modules"),
-    (r"[Ee]xec format error", "it was built for another CPU", EXEC_MENDS[errno.ENOEXEC]))
+    (r'argument "--api-key-file"', "its key file cannot be read on the node",
+     "keep the run in a folder that all nodes see: --runs FOLDER"),
+    (r"error while handling argument", "it does not take an argument's value", "see [engine] args"),
+    (r"RPC server version mismatch|RPC handshake failed|HELLO request size mismatch|Expected HELLO",
+     "the RPC worker is of another build", SAME_BUILD),
+    (r"Failed to connect to \S+", "it cannot reach its RPC worker",
+     "is a firewall between the nodes? Set [network] ports to a range that is open, or [network] interface"),
+    (r"Remote RPC server crashed", "its RPC worker was lost, or is of another build",
+     "see the worker's log with `logs`; " + SAME_BUILD),
+    (r"(CUDA|ROCm|MUSA) error: out of memory", "it ran out of memory on a GPU while it worked",
+     "lower [engine] slots or context, or ask for more nodes"),
+    (r"cudaMalloc failed|ErrorOutOfDeviceMemory|out of memory|allocate (CUDA|ROCm|MUSA|Vulkan|SYCL)\d+ buffer",
+     "the model does not fit: it ran out of memory on a GPU", MORE_ROOM),
+    (r"allocate RPC.* buffer", "the model does not fit: its RPC worker ran out of memory", MORE_ROOM),
+    (r"insufficient memory|bad_alloc|[Cc]annot allocate memory|allocate CPU\S* buffer",
+     "the node ran out of memory", "raise [slurm] mem, or lower [engine] slots or context"),
+    (r"unable to allocate .* buffer|failed to allocate .*(buffer|kv cache)",
+     "the model does not fit: it ran out of memory", MORE_ROOM),
+    (r"no kernel image is available|driver version is insufficient|unsupported display driver|unsupported toolchain",
+     "it was built for other GPUs or a newer driver than the node has",
+     "build or fetch llama.cpp for these GPUs: [engine] path, or [environment] modules"),
+    (r"(CUDA|ROCm|MUSA) error: \S+", "a GPU failed it",
+     "if it comes again, leave the node out with [slurm] exclude, or use a newer llama.cpp"),
+    (r"unknown (model architecture|pre-tokenizer type)|missing tensor '|wrong number of tensors|invalid ggml type",
+     "this build does not know the model's architecture", "use a newer llama.cpp: [engine] path"),
+    (r"failed to (open|load) GGUF|invalid magic|within the file bounds|failed to read (magic|header|key|tensor)",
+     "the node cannot read the whole model", "put [model] path where all nodes see it; copy it again if it is damaged"),
+    (r"n_seq_max must be <=", "this build has fewer slots", "lower [engine] slots"),
+    (r"error while loading shared libraries: (\S+)|symbol lookup error|version `\S+' not found",
+     "a shared library is missing on the node, or too old", "load the module that brings it: [environment] modules"),
+    (r"[Ee]xec format error", "it was built for another CPU", EXEC_MENDS[errno.ENOEXEC]),
+    (r"killed by SIGILL", "it uses instructions that the node's CPU does not have",
+     "build llama.cpp with -DGGML_NATIVE=OFF or on such a node, or choose nodes by [slurm] constraint"),
+    (r"killed by SIGKILL", "the kernel killed it, most likely for memory",
+     "raise [slurm] mem, or lower [engine] slots or context"),
+    (r"killed by SIGBUS", "a file that it reads was cut short, or its disk failed",
+     "copy the model again: [model] path"),
+    (r"killed by SIGSEGV", "it crashed", "use a newer llama.cpp: [engine] path; `logs` shows its last words"))
 
 
 def explain_failure(who, tail, how):
-    """The error for an engine that ended: what its last lines mean, and those lines' most telling one."""
-    text = "\n".join(tail)
+    """The error for an engine that ended: what its last lines or its end mean, and the most telling of them."""
     for pattern, what, mend in FAILURES:
-        found = re.search(pattern, text)
-        if found:
-            line = next(line for line in tail if found.group().splitlines()[0] in line)
+        line = next((line for line in [*tail, how] if re.search(pattern, line)), None)
+        if line is not None:
+            line = re.sub(r"^[\d.]+ [A-Z] ", "", line)  # the time and the level that new builds write
             return EngineFailed("", f"{who}: {what} ({one_line(line)[:200]})", mend)
     telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail[-1:]
     return EngineFailed("", f"{who} ({how}): {one_line(telling[0])[:300] if telling else 'it said nothing'}",
@@ -2769,6 +2827,7 @@ class Replica:
     def __init__(self, number, engine, nodes, tell):
         self.number, self.engine, self.nodes, self.tell = number, engine, nodes, tell
         self.running = []  # (node, process, future of its Exit), in the order of their start
+        self.names = {}  # address:port → the node behind it
         self.client = None
         self.deaths = []  # when it died, of late
 
@@ -2790,6 +2849,7 @@ class Replica:
 
     async def start_once(self):
         group = await self.place()
+        self.names = {f"{placed.address}:{placed.port}": placed.node.name for placed in group}
         key = self.engine.run.key_file.read_text().strip()
         *workers, (head, server) = self.engine.processes(group)
         await first_failure(*(self.start_worker(placed, process) for placed, process in workers))
@@ -2831,7 +2891,7 @@ class Replica:
                 return await open_way(node, here if head else self.head, engine.ports(head), interface,
                                       "the engine" if head else "the RPC worker")
             except NodeRefusal as refused:
-                raise EngineFailed(node.name, refused.what, "name another port, or 0 for any free one")
+                raise EngineFailed(node.name, refused.what, FREE_PORTS + ", or widen [network] ports")
         count = len(self.nodes)
         answers = await first_failure(*[engine.probe(node, node is self.head) for node in self.nodes],
                                       *[way(node) for node in self.nodes])
@@ -2862,13 +2922,22 @@ class Replica:
 
     async def failure(self):
         """Waits for the end of any of its processes, and says what it means."""
-        ends = [ended for _, _, ended in self.running]
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        ended = next(iter(done)).result()
+        running = list(self.running)
+        await asyncio.wait([ended for _, _, ended in running], return_when=asyncio.FIRST_COMPLETED)
+        node, _, ended = next(one for one in running if one[2].done())  # workers first: a server ends because of them
+        ended = ended.result()
         if ended.code is None:
             return NodeLost(ended.node, f"the node was lost, and {ended.process} with it",
                             "it failed, or was taken away")
-        return explain_failure(f"{ended.process} on {ended.node}", ended.tail, ended.how)
+        tail = [self.with_names(line) for line in ended.tail]
+        error = explain_failure(f"{ended.process} on {ended.node}", tail, ended.how)
+        return EngineFailed("", error.what, await self.engine.more_room(node)) if error.mend == MORE_ROOM else error
+
+    def with_names(self, line):
+        """A line of an engine's log with the nodes' names before their addresses."""
+        for address, name in self.names.items():
+            line = re.sub(re.escape(address) + r"\b", f"{name} {address}", line)
+        return line
 
     async def unless_failed(self, work):
         """The outcome of some work, or the error of a process that ended meanwhile."""
@@ -4235,6 +4304,7 @@ class Orders:
         self.pump, self.nodes, self.ending, self.asking = None, [], None, None
         self.drained = Ending(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
         self.agent_termed = asyncio.Event()
+        self.loading_since = None
         stopping = [(signal.SIGTERM, WORK_LEFT, "told to end (SIGTERM)"), (signal.SIGINT, INTERRUPTED, "interrupted"),
                     (signal.SIGHUP, WORK_LEFT, "the terminal was closed")]
         for number, code, why in stopping:
@@ -4258,8 +4328,9 @@ class Orders:
     def time_is_up(self):
         """What is left of the job's time is for the teardown. Prompts that would not end before it were not asked."""
         late = self.pump is None or not self.pump.first_sent
-        self.drain(Ending(WORK_LEFT, "the time limit came before the engine was ready: raise [slurm] time" if late
-                          else self.drained.why, go_on=True))
+        loaded = f", after {show_duration(clock() - self.loading_since)} of loading" if self.loading_since else ""
+        self.drain(Ending(WORK_LEFT, f"the time limit came before the engine was ready{loaded}: raise [slurm] time"
+                          if late else self.drained.why, go_on=True))
 
     def drain(self, ending):
         """Let what is under way finish; where nothing is, end now."""
@@ -4477,6 +4548,8 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
             orders.on_agent_term()
         elif event == "node_lost":
             lost.append(facts["node"])
+        elif event == "engine_started":
+            orders.loading_since = orders.loading_since or clock()
         elif event == "ready":
             publish_endpoint(run, config, facts)
 

@@ -130,7 +130,11 @@ class Site:
         return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
 
     def journal(self):
-        return [json.loads(line) for path in self.run.glob("journal/*.jsonl") for line in path.read_text().splitlines()]
+        """The results so far. A line that a full disk or a crash tore is none."""
+        lines = []
+        for path in self.run.glob("journal/*.jsonl"):
+            lines += [json.loads(line) for line in path.read_text().split("\n")[:-1] if line.endswith("}}")]
+        return lines
 
     def events(self):
         paths = sorted(self.run.glob("events/*.jsonl"))

@@ -529,10 +529,42 @@ def test_a_second_server_hangs_before_its_port_opens(worker, start):
     assert one.process.poll() is None and one.log().count("Accepted client connection") > 4
 
 
-def test_a_missing_worker_aborts_the_new_server_and_is_ignored_by_the_old(start):
+def test_a_missing_worker_ends_the_server_the_old_one_while_it_loads(start):
     endpoint = "127.0.0.1:%d" % free_port()
     assert "Failed to connect to " + endpoint in start("--rpc", endpoint, wait=False).ends_with(-signal.SIGABRT)
-    assert start("--rpc", endpoint, age="old").chat()[0] == 200
+    old = start("--rpc", endpoint, age="old", wait=False).ends_with(-signal.SIGABRT)
+    assert "Failed to connect to " + endpoint in old and "GGML_ASSERT" in old
+    old = start("--rpc", endpoint, "-ngl", "999", age="old", wait=False).ends_with(1)
+    assert "Failed to connect to " + endpoint in old and "exiting due to model loading error" in old
+
+
+def test_workers_of_another_build_end_the_server(worker, start):
+    lost = "Remote RPC server crashed or returned malformed response"
+    new, old = worker(), worker(age="old")
+    assert lost in start("--rpc", "127.0.0.1:%d" % old.port, wait=False).ends_with(-signal.SIGABRT)
+    assert lost in start("--rpc", "127.0.0.1:%d" % new.port, age="old", wait=False).ends_with(-signal.SIGABRT)
+    assert "HELLO request size mismatch (0 vs 24)" in new.log()
+    other = worker(FAKE_RPC_PROTOCOL="6.0.0")
+    log = start("--rpc", "127.0.0.1:%d" % other.port, wait=False).ends_with(-signal.SIGABRT)
+    assert "RPC server version mismatch: 6.0.0\n" in log and "RPC handshake failed for 127.0.0.1:%d" % other.port in log
+    assert other.process.poll() is None
+
+
+@pytest.mark.parametrize("name, code, words", [
+    ("library", 127, "llama-server: error while loading shared libraries: libcudart.so.12"),
+    ("illegal-start", -signal.SIGILL, ""), ("killed", -signal.SIGKILL, "loading model"),
+    ("gpu-memory", 1, "llama_model_load: error loading model: unable to allocate CUDA0 buffer"),
+    ("gpu-cache", 1, "failed to create_context with model"), ("other-gpu", -signal.SIGABRT, ": CUDA error"),
+])
+def test_a_server_dies_as_it_is_told_to(start, name, code, words):
+    assert words in start(wait=False, FAKE_LLAMA_DIES=name).ends_with(code)
+
+
+def test_a_server_dies_at_its_first_answer(start):
+    server = start(FAKE_LLAMA_DIES="gpu-access")
+    with pytest.raises((http.client.HTTPException, OSError)):
+        server.chat()
+    assert "E CUDA error: an illegal memory access was encountered" in server.ends_with(-signal.SIGABRT)
 
 
 def test_a_worker_that_dies_takes_the_server_with_it_at_the_next_request(worker, start):

@@ -11,6 +11,8 @@ What a test may ask for, all by environment variables (unset: no wait, no fault)
 
   FAKE_LLAMA_LOAD_S=3          loading takes so long (503 "Loading model" meanwhile)
   FAKE_LLAMA_LOAD_FAIL=TEXT    loading ends with these lines on stderr and exit code 1
+  FAKE_LLAMA_DIES=NAME         it fails with the words, at the moment and in the way of the real one:
+                               a name of the table DEATHS, such as gpu-memory or library
   FAKE_LLAMA_HANG=load|start|answers
                                never ready | never opens its port | ready, but never answers
   FAKE_LLAMA_TOKENS_PER_S=50   speed of one slot (0 or unset: at once)
@@ -23,7 +25,7 @@ What a test may ask for, all by environment variables (unset: no wait, no fault)
   FAKE_LLAMA_CRASH_AFTER=10    the process crashes on request number 11
   FAKE_LLAMA_POISON=WORD       the process crashes on a prompt that holds WORD
   FAKE_LLAMA_CRASH_SIGNAL=SEGV how it crashes (ABRT unless told)
-  FAKE_LLAMA_ONCE=FILE         LOAD_FAIL, HANG, CRASH_AFTER and POISON befall only the process
+  FAKE_LLAMA_ONCE=FILE         LOAD_FAIL, DIES, HANG, CRASH_AFTER and POISON befall only the process
                                that manages to create FILE; those after it are well
   FAKE_LLAMA_FAULT_RATE=0.1    that share of the requests fails …
   FAKE_LLAMA_FAULTS=500,cut,429,503
@@ -38,7 +40,9 @@ What a test may ask for, all by environment variables (unset: no wait, no fault)
                                before the answer goes out; status may be "cut" or "left"
   FAKE_LLAMA_GPUS=2            GPUs of this node, of FAKE_LLAMA_GPU_MIB (81559) each
   FAKE_LLAMA_MEM_MIB=16000     memory that an RPC worker without GPUs reports
-  FAKE_RPC_DIE_AFTER_S=2       an RPC worker dies (SIGSEGV) so long after its start
+  FAKE_RPC_DIE_AFTER_S=2       an RPC worker dies (SIGSEGV) so long after its start …
+  FAKE_RPC_DIE_SIGNAL=KILL     … by this signal
+  FAKE_RPC_PROTOCOL=6.0.0      an RPC worker speaks this version of the protocol
 """
 
 import asyncio
@@ -86,6 +90,62 @@ def afflicted(name):
 afflicted.chosen = []
 
 
+# ── ways to die ────────────────────────────────────────────────────────────────────────────
+# name → the moment, the lines, the end: a signal, an exit code, or None for that of a failed load. Lines were taken from runs of
+# both builds; those of GPUs (ggml-cuda.cu) and of the linker from their sources and from issues that show them.
+
+CUDA = "/build/ggml/src/ggml-cuda/ggml-cuda.cu"
+CUDA_ALLOC = "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 39979.48 MiB on device 0: cudaMalloc failed: out of memory"
+NO_CACHE = "llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache"
+DEATHS = {
+    "library": ("start", ["{program}: error while loading shared libraries: libcudart.so.12: cannot open shared object "
+                          "file: No such file or directory"], 127),
+    "glibc": ("start", ["{program}: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by "
+                        "{program})"], 1),
+    "illegal-start": ("start", [], "ILL"),
+    "gpu-memory": ("load", [CUDA_ALLOC, "alloc_tensor_range: failed to allocate CUDA0 buffer of size 41921519616",
+                            "error loading model: unable to allocate CUDA0 buffer"], None),
+    "gpu-cache": ("load", [CUDA_ALLOC, "alloc_tensor_range: failed to allocate CUDA0 buffer of size 41921519616",
+                           NO_CACHE], None),
+    "worker-memory": ("load", ["alloc_tensor_range: failed to allocate {worker} buffer of size 204800000000", NO_CACHE],
+                      None),
+    "host-memory": ("load", ["ggml_aligned_malloc: insufficient memory (attempted to allocate 195312.50 MB)",
+                             "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 204800000000",
+                             "alloc_tensor_range: failed to allocate CPU buffer of size 204800000000", NO_CACHE], None),
+    "architecture": ("load", ["error loading model: unknown model architecture: 'next9'"], None),
+    "other-gpu": ("load", ["ggml_cuda_compute_forward: RMS_NORM failed",
+                           "CUDA error: no kernel image is available for execution on the device",
+                           "  current device: 0, in function ggml_cuda_compute_forward at " + CUDA + ":2761", "  err",
+                           CUDA + ":97: CUDA error"], "ABRT"),
+    "killed": ("load", [], "KILL"),
+    "illegal": ("load", [], "ILL"),
+    "segv": ("load", [], "SEGV"),
+    "bus": ("load", [], "BUS"),
+    "gpu-memory-late": ("answer", ["CUDA error: out of memory", "  current device: 0, in function alloc at " + CUDA + ":528",
+                                   "  cuMemCreate(&handle, reserve_size, &prop, 0)", CUDA + ":104: CUDA error"], "ABRT"),
+    "gpu-access": ("answer", [CUDA + ":104: CUDA error", "CUDA error: an illegal memory access was encountered",
+                              "  current device: 0, in function ggml_backend_cuda_synchronize at " + CUDA + ":3145",
+                              "  cudaStreamSynchronize(cuda_ctx->stream())"], "ABRT"),
+    "killed-late": ("answer", [], "KILL"),
+}
+
+
+def die_at(moment, say=lambda line: stderr(line + "\n"), give_up=None, worker=""):
+    """Ends the process if this is the moment that FAKE_LLAMA_DIES means for it."""
+    name = os.environ.get("FAKE_LLAMA_DIES")
+    if not name or DEATHS[name][0] != moment or not afflicted("DIES"):
+        return
+    _, lines, end = DEATHS[name]
+    lines = [line.format(program=sys.argv[0], worker=worker) for line in lines]
+    if end is None:
+        give_up(lines)
+    for line in lines:
+        say(line)
+    if isinstance(end, str):
+        crash("", end)
+    os._exit(end)
+
+
 def stderr(text):
     """Whole lines in one write, as they reach a log file."""
     data = text.encode()
@@ -98,7 +158,8 @@ def crash(message, how=None):
         stderr(message + "\n")
     sys.stdout.flush()
     number = getattr(signal, "SIG" + (how or os.environ.get("FAKE_LLAMA_CRASH_SIGNAL") or "ABRT"))
-    signal.signal(number, signal.SIG_DFL)
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     time.sleep(60)
 
@@ -330,6 +391,7 @@ def gpus():
 # A message is a command byte, a length and so many bytes; an answer is a length and bytes.
 
 HELLO, DEVICE_COUNT, DEVICE_MEMORY = 14, 15, 11
+HELLO_REQUEST = {"new": bytes(24), "old": b""}
 
 
 def receive(sock, count):
@@ -353,9 +415,9 @@ class Worker:
         except (OSError, ValueError):
             self.sock = None
 
-    def ask(self, command):
+    def ask(self, command, request=b""):
         try:
-            self.sock.sendall(struct.pack("<BQ", command, 0))
+            self.sock.sendall(struct.pack("<BQ", command, len(request)) + request)
             size = receive(self.sock, 8)
             return receive(self.sock, struct.unpack("<Q", size)[0]) if size else None
         except OSError:
@@ -377,15 +439,19 @@ def rpc_memory(endpoint, age):
         if age == "old":
             return [(0, 0)]
         crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:547: Failed to connect to %s\n" % endpoint, "ABRT")
-    hello = worker.ask(HELLO)
-    memory = worker.ask(DEVICE_MEMORY) if hello else None
-    if memory is None:
-        if age == "old":
-            return [(0, 0)]
-        crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:550: RPC handshake failed for %s\n" % endpoint, "ABRT")
+    hello = worker.ask(HELLO, HELLO_REQUEST[age])
+    if not hello:  # too far apart to understand each other's greeting
+        crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:%d: Remote RPC server crashed or returned malformed response\n"
+              % (354 if age == "new" else 444), "ABRT")
     if hello[0] != PROTOCOL[age][0]:
         stderr("RPC server version mismatch: %d.%d.%d\n" % tuple(hello))
-        crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:550: RPC handshake failed for %s\n" % endpoint, "ABRT")
+        if age == "new":
+            crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:550: RPC handshake failed for %s\n" % endpoint, "ABRT")
+        return [(0, 0)]
+    memory = worker.ask(DEVICE_MEMORY)
+    if memory is None:
+        crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:569: Remote RPC server crashed or returned malformed response\n",
+              "ABRT")
     worker.sock.close()
     return list(struct.iter_unpack("<QQ", memory))
 
@@ -486,7 +552,7 @@ def serve_rpc(age, host, port, devices, mem, cache):
     memory = [(mem, mem) if mem else known[name][1:] for name in chosen]
     # Not flushed: in a log file the banner shows only when the first client comes.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=65536)
-    print("Starting RPC server v%d.%d.%d" % PROTOCOL[age])
+    print("Starting RPC server v%d.%d.%d" % spoken(age))
     print("  endpoint       : %s:%d" % (host, port))
     print("  local cache    : %s" % (rpc_cache_folder() if cache else "n/a"))
     if age == "new":
@@ -516,7 +582,7 @@ def serve_rpc(age, host, port, devices, mem, cache):
         return 0
     die_after_s = float(os.environ.get("FAKE_RPC_DIE_AFTER_S") or 0)
     if die_after_s:
-        signal.signal(signal.SIGALRM, lambda *_: crash("", "SEGV"))
+        signal.signal(signal.SIGALRM, lambda *_: crash("", os.environ.get("FAKE_RPC_DIE_SIGNAL") or "SEGV"))
         signal.setitimer(signal.ITIMER_REAL, die_after_s)
     while True:
         client, _ = listener.accept()
@@ -537,16 +603,27 @@ def rpc_cache_folder():
     return folder
 
 
+def spoken(age):
+    """The version of the protocol that a worker speaks."""
+    told = os.environ.get("FAKE_RPC_PROTOCOL")
+    return tuple(map(int, told.split("."))) if told else PROTOCOL[age]
+
+
 def serve_rpc_client(client, age, memory):
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    answers = {HELLO: bytes(PROTOCOL[age]), DEVICE_COUNT: struct.pack("<I", len(memory)),
+    answers = {HELLO: bytes(spoken(age)), DEVICE_COUNT: struct.pack("<I", len(memory)),
                DEVICE_MEMORY: b"".join(struct.pack("<QQ", *pair) for pair in memory)}
     try:
         while True:
             head = receive(client, 9)
             if not head or head[0] not in answers:
                 return
-            receive(client, struct.unpack("<Q", head[1:])[0])
+            size, = struct.unpack("<Q", head[1:])
+            receive(client, size)
+            if head[0] == HELLO and size != len(HELLO_REQUEST[age]):
+                if age == "new":
+                    stderr("HELLO request size mismatch (%d vs 24) — client needs upgrade to protocol v7.x\n" % size)
+                return
             client.sendall(struct.pack("<Q", len(answers[head[0]])) + answers[head[0]])
     except OSError:
         return
@@ -1084,6 +1161,8 @@ class Server:
             stderr("\n")
         while hang:
             await asyncio.sleep(3600)
+        worker = "".join("%s[%s]" % device[:2] for device in self.flags["rpc-devices"][:1])
+        die_at("load", lambda line: self.log("E", line), self.unloadable, worker)
         failure = afflicted("LOAD_FAIL")
         if failure:
             self.unloadable(failure.split("\n"))
@@ -1093,22 +1172,36 @@ class Server:
         """One connection stays open to each worker, as long as the server lives."""
         for endpoint in dict.fromkeys(device[1] for device in self.flags["rpc-devices"]):
             worker = await asyncio.get_running_loop().run_in_executor(None, Worker, endpoint)
-            if worker.sock and await asyncio.get_running_loop().run_in_executor(None, worker.ask, HELLO):
+            if worker.sock and await asyncio.get_running_loop().run_in_executor(
+                    None, worker.ask, HELLO, HELLO_REQUEST[self.age]):
                 self.workers.append(worker)
             elif self.age == "new":
                 crash("/build/ggml/src/ggml-rpc/ggml-rpc.cpp:547: Failed to connect to %s\n" % endpoint, "ABRT")
+            else:
+                self.log("E", "Failed to connect to %s" % endpoint)
+                if self.flags.get("gpu-layers", "0") != "0":
+                    self.unloadable(["error loading model: vector::_M_range_check: __n (which is 1) >= this->size() "
+                                     "(which is 1)"])
+                crash("/build/ggml/src/ggml-backend.cpp:1486: GGML_ASSERT(ggml_backend_supports_buft(backends[b], "
+                      "sched->bufts[b])) failed", "ABRT")
 
     def unloadable(self, lines):
         new = self.age == "new"
         for line in lines:
             self.log("E", "llama_model_load: %s" % line if line.startswith("error loading") else line)
-        self.log("E", "llama_model_load_from_file_impl: failed to load model")
-        if new:
-            self.log("E", "common_fit_params: encountered an error while trying to fit params to free device "
-                          "memory: failed to load model")
-        self.log("E", "%s: failed to load model '%s'" % (
-            "cmn  common_init_" if new else "common_init_from_params", self.path))
-        self.log("E", "srv    load_model: failed to load model, '%s'" % self.path)
+        if not line.startswith("llama_init_from_model"):
+            self.log("E", "llama_model_load_from_file_impl: failed to load model")
+            if new:
+                self.log("E", "common_fit_params: encountered an error while trying to fit params to free device "
+                              "memory: failed to load model")
+            self.log("E", "%s: failed to load model '%s'" % (
+                "cmn  common_init_" if new else "common_init_from_params", self.path))
+            self.log("E", "srv    load_model: failed to load model, '%s'" % self.path)
+        elif new:
+            self.log("E", "srv    load_model: failed to create_context with model '%s'" % self.path)
+        else:
+            self.log("E", "common_init_from_params: failed to create context with model '%s'" % self.path)
+            self.log("E", "srv    load_model: failed to load model, '%s'" % self.path)
         self.log("I", "srv    operator(): operator(): cleaning up before exit...")
         self.log("E", "srv  llama_server: exiting due to model loading error" if new else
                  "main: exiting due to model loading error")
@@ -1363,6 +1456,7 @@ class Server:
 
     def accident(self, prompt):
         """The fault that befalls this request: crashes happen here, "cut" is left to the caller."""
+        die_at("answer", lambda line: self.log("E", line))
         if afflicted("CRASH_AFTER") and self.served > wish("CRASH_AFTER"):
             crash("/build/ggml/src/ggml.c:4021: GGML_ASSERT(fake) failed")
         if os.environ.get("FAKE_LLAMA_POISON", "\0") in prompt and afflicted("POISON"):
@@ -1651,6 +1745,9 @@ def llama_server(age, rpc, argv):
 
 
 def main(program, age="new", rpc=True):
+    no_core_files()
+    if program == "llama-server":
+        die_at("start")
     code = rpc_worker(age, sys.argv[1:]) if program != "llama-server" else llama_server(age, rpc, sys.argv[1:])
     sys.stdout.flush()
     os._exit(code)
