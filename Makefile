@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-real lint bench sbatch clean
+.PHONY: demo test test-real lint bench chaos sbatch clean
 
 demo: $(VENV)/ready  ## the whole path through a fake Slurm's sbatch, in seconds
 	@$(RUN) tests/demo.py
@@ -18,6 +18,10 @@ test-real: $(VENV)/ready  ## the same scenarios on a real Slurm and a real llama
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) tests/test_house.py
+
+chaos: $(VENV)/ready  ## simulated runs by the thousand, and runs of real processes, in storms; minutes
+	$(RUN) tests/simulation.py --seeds 10000
+	$(RUN) tests/chaos.py
 
 bench: $(VENV)/ready  ## ratios against named alternatives, in one run
 	$(RUN) tests/bench/all.py

@@ -140,6 +140,22 @@ def write_file(path, text, mode=0o644):
         raise
 
 
+PASSING_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ETIMEDOUT}
+
+
+def patiently(what, work, patience_s=300.0):
+    """Do some work on files, again and again while the disk has a trouble that can pass."""
+    end = clock() + patience_s
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno not in PASSING_TROUBLE or clock() > end:
+                raise
+            log(f"{what}: {os_reason(error)}; trying again")
+            time.sleep(1)
+
+
 def read_lines(path):
     """The whole lines of a file that may still be written to; a torn last line is not there yet."""
     try:
@@ -1554,12 +1570,18 @@ class Events:
     """Writes what happened in one life, one line a change."""
 
     def __init__(self, run, life):
-        self.file = os.open(run.events_file(life), os.O_WRONLY | os.O_APPEND)
+        self.file, self.torn = os.open(run.events_file(life), os.O_WRONLY | os.O_APPEND), False
 
     def write(self, event, **facts):
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, ensure_ascii=False)
         with contextlib.suppress(OSError):  # a full disk must not end a run that still has results to save
-            os.write(self.file, line.encode() + b"\n")
+            self.append(event, **facts)
+
+    def append(self, event, **facts):
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, ensure_ascii=False).encode() + b"\n"
+        whole, self.torn = b"\n" * self.torn + line, True
+        if os.write(self.file, whole) < len(whole):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.torn = False
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -2565,6 +2587,8 @@ class Placed(NamedTuple):
 class EngineFailed(ClusterError):
     """An engine did not start, or ended while it was needed."""
 
+    killed = False  # by somebody else: that may not come again
+
 
 def model_name(config):
     return config.model.name or Path(config.model.path).name or config.engine.name
@@ -2923,7 +2947,9 @@ class Replica:
     async def failure(self):
         """Waits for the end of any of its processes, and says what it means."""
         running = list(self.running)
-        await asyncio.wait([ended for _, _, ended in running], return_when=asyncio.FIRST_COMPLETED)
+        ends = [ended for _, _, ended in running]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, timeout=0.3)  # a server may be told of before the worker of whose death it died
         node, _, ended = next(one for one in running if one[2].done())  # workers first: a server ends because of them
         ended = ended.result()
         if ended.code is None:
@@ -2931,7 +2957,10 @@ class Replica:
                             "it failed, or was taken away")
         tail = [self.with_names(line) for line in ended.tail]
         error = explain_failure(f"{ended.process} on {ended.node}", tail, ended.how)
-        return EngineFailed("", error.what, await self.engine.more_room(node)) if error.mend == MORE_ROOM else error
+        if error.mend == MORE_ROOM:
+            error = EngineFailed("", error.what, await self.engine.more_room(node))
+        error.killed = ended.code == -signal.SIGKILL
+        return error
 
     def with_names(self, line):
         """A line of an engine's log with the nodes' names before their addresses."""
@@ -3581,6 +3610,12 @@ class Journal:
         self.unsynced, self.trouble = [], ""
         self.tell("journal_well")
 
+    async def written(self, until):
+        """Wait while the disk has trouble, at most until then."""
+        self.write()
+        while self.trouble and clock() < until:
+            await asyncio.sleep(0.1)
+
     def close(self):
         """Everything is on disk when this returns; OSError if it cannot be."""
         for waiting in (self.timer, self.syncing):
@@ -3823,7 +3858,7 @@ class Claims:
     prompts left is taken over, as its next generation, from an owner that is gone: it said so, it was an earlier life
     of this job, its process is not there, or its beat has stood still for a minute of our own clock."""
 
-    BEAT_S, LOOK_S, STILL_S = 10.0, 2.0, 60.0
+    BEAT_S, LOOK_S, STILL_S, BEATS_A_TURN = 10.0, 2.0, 60.0, 10
     ENDED = b"ended"
 
     def __init__(self, run, life, marks, starts, clock=clock):
@@ -3831,7 +3866,7 @@ class Claims:
         self.mine = iter(())  # the prompts of the claimed chunk that are not given out yet
         self.chunk = 0  # all before it are claimed by somebody
         self.owners = {}  # (chunk, generation) → the life that has it
-        self.beats = {}  # life → its beat, and since when it stands there
+        self.beats = {}  # a life's name → its beat, and since when it stands there
         self.count = 0
         self.looked = -math.inf
         self.beat()
@@ -3848,20 +3883,22 @@ class Claims:
             for number in self.mine:
                 if not self.marks.state[number]:
                     return number
-            if self.claim_next():
-                continue
-            if self.finished:
-                return None
-            if self.clock() - self.looked < self.LOOK_S or not self.take_over():
+            try:
+                if self.claim_next():
+                    continue
+                if self.finished:
+                    return None
+                if self.clock() - self.looked < self.LOOK_S or not self.take_over():
+                    return LATER
+            except OSError:  # the disk has trouble, of which the journal tells
                 return LATER
 
     def claim_next(self):
         """Claim the first chunk that nobody has."""
         while self.chunk < len(self.starts) - 1:
-            chunk = self.chunk
-            self.chunk += 1
-            if chunk not in self.generations and self.open(chunk) and self.claim(chunk, 0):
+            if self.chunk not in self.generations and self.open(self.chunk) and self.claim(self.chunk, 0):
                 return True
+            self.chunk += 1
         return False
 
     def open(self, chunk):
@@ -3869,9 +3906,9 @@ class Claims:
 
     def claim(self, chunk, generation):
         """Whether we got it; a link that a file server did twice says "taken" for our own."""
-        path = self.run.claim_file(chunk, generation)
+        new = self.run.disk.put_new(self.run.claim_file(chunk, generation), str(self.life).encode())
         self.generations[chunk] = generation
-        if not self.run.disk.put_new(path, str(self.life).encode()) and self.owner(chunk, generation) != self.life:
+        if not new and self.owner(chunk, generation) != self.life:
             self.generations.update(self.run.generations())
             return False
         self.owners[chunk, generation] = self.life
@@ -3911,9 +3948,20 @@ class Claims:
         _, host, pid, born = beat.decode().split() if beat else ("", "", "0", "0")
         if host == socket.gethostname() and process_birth(int(pid)) != int(born):
             return True
-        if self.beats.get(owner, (None, 0))[0] != beat:
-            self.beats[owner] = beat, self.clock()
-        return self.clock() - self.beats[owner][1] > self.STILL_S
+        return self.stood_still_s(str(owner), beat) > self.STILL_S
+
+    def stood_still_s(self, life, beat):
+        """For how long, by our own clock, a life's beat has been this one."""
+        if self.beats.get(life, (None, 0))[0] != beat:
+            self.beats[life] = beat, self.clock()
+        return self.clock() - self.beats[life][1]
+
+    def watch_beats(self):
+        """Look at some of the others each time: who stands still is known by when we have nothing left to do."""
+        others = [name for name in self.run.disk.names(self.run.claims) if name.startswith("beat.")]
+        for turn in range(min(self.BEATS_A_TURN, len(others))):
+            name = others[(self.count * self.BEATS_A_TURN + turn) % len(others)]
+            self.stood_still_s(name[5:], self.run.disk.read(self.run.claims / name))
 
     def beat(self):
         """Show the others that we live."""
@@ -3994,7 +4042,12 @@ class Pump:
 
     async def work_with(self, replica, start):
         """Ask one replica until all is done, and again after each time that it dies and comes back."""
-        await asyncio.shield(start)
+        try:
+            await asyncio.shield(start)
+        except EngineFailed as error:
+            if not error.killed:
+                raise
+            await replica.recover(error)
         while True:
             self.at_risk[replica.number] = {}
             try:
@@ -4394,7 +4447,7 @@ def supervise(live_once):
 def drive(run, allocation, shape=0, failed_again=False):
     """One life of a driver, from its first event to its last; its exit code."""
     config = run.config(shape)
-    life = run.new_life(allocation.job, allocation.restart)
+    life = patiently("cannot begin", lambda: run.new_life(allocation.job, allocation.restart))
     events = Events(run, life)
 
     def tell(event, **facts):
@@ -4403,9 +4456,12 @@ def drive(run, allocation, shape=0, failed_again=False):
             log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
     gc.freeze()  # the program itself is no garbage: look only at what comes, and not after every 700 objects
     gc.set_threshold(20000, 20, 100)
-    tell("start", job=allocation.job, submitted=allocation.submitted, nodes=allocation.nodes, pid=os.getpid(),
-         born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0])
-    journal, tally, claims, ending = Journal(run, life, tell), Tally(), None, Ending(DONE)
+    patiently("cannot begin", lambda: events.append(
+        "start", job=allocation.job, submitted=allocation.submitted, nodes=allocation.nodes, pid=os.getpid(),
+        born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0]))
+    log(f"start {life} on {' '.join(allocation.nodes)}")
+    journal = patiently("cannot begin", lambda: Journal(run, life, tell))
+    tally, claims, ending = Tally(), None, Ending(DONE)
     try:
         prompts = Input.load(run, config, model_name(config))
         claims = Claims(run, life, Marks(run, prompts), chunk_starts(len(prompts), run.config().slurm.jobs))
@@ -4444,8 +4500,9 @@ def finish(run, config, life, allocation, shape, journal, tally, claims, ending)
                 code = SOME_FAILED
         elif claims:
             code, why, following = go_on(run, config, life, allocation, shape, claims, ending)
-        if not following:
-            save(run, config, claims, code, why)
+        if not following:  # whoever is told to end has no time to be patient
+            patiently("cannot write the results", lambda: save(run, config, claims, code, why),
+                      300.0 if ending.code == DONE else 0.0)
     except OSError as error:
         code = CLUSTER_FAILED
         why = f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py resume {run.name}`"
@@ -4572,6 +4629,7 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
                     claims, pump, orders), progress(pump, journal, tally, claims.marks, tell):
                 orders.pump = pump
                 await pump.run(pairs)
+                await journal.written(pump.ends_at - LAST_MOMENTS_S)
                 tell("answered", done=claims.marks.count(Marks.DONE), failed=claims.marks.count(Marks.FAILED))
     except asyncio.CancelledError:
         return orders.ending
@@ -4602,8 +4660,10 @@ async def tending(claims, pump, orders):
             if clock() - beaten > claims.BEAT_S:
                 beaten = clock()
                 claims.beat()
-                if not pump.first_sent:
-                    claims.look()
+                with contextlib.suppress(OSError):
+                    claims.watch_beats()
+                    if not pump.first_sent:
+                        claims.look()
             if clock() > pump.ends_at - LAST_MOMENTS_S:
                 orders.time_is_up()
             elif not pump.first_sent and claims.finished:
@@ -5494,7 +5554,7 @@ def command_help_table():
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
-        ("help", command_help, "more on a topic: config, files, codes, engines",
+        ("help", command_help, "more on a topic: config, files, codes, engines, lives",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
         ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}),
                                       ("--shape", {"type": int, "default": 0}), ("--failed", {"action": "store_true"}),
@@ -5597,7 +5657,7 @@ From a model file to answers, on the login node of a Slurm cluster:
   python llmrun.py results              the answers
 
 `python llmrun.py demo` shows all of it on this machine, without Slurm or a model.
-More: `help config`, `help files`, `help codes`, `help engines`; `COMMAND --help`.""",
+More: `help config`, `help files`, `help codes`, `help engines`, `help lives`; `COMMAND --help`.""",
     "files": """\
 A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in there:
 
@@ -5607,13 +5667,33 @@ A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in the
   logs/              slurm-JOB.out: the driver; JOB.LIFE/NODE-PROCESS.log: everything else
   journal/           every finished prompt, as it came (OpenAI Batch format); `results` reads it
   events/            what happened, one line a change; `status` reads them
+  claims/            which prompts which job has taken on, and a beat of each job that lives
   key                the secret that the engine asks for; only you can read it
   endpoint.json      where the model answers, while it does
   input/             where each prompt stands in your files; they must stay as they are until the end
-  shapes/0/          the config as it was understood, and the batch script
+  shapes/0/          the config as it was understood, and the batch script; one more for each other shape that joined
   llmrun.py          the program as it was when you submitted
 
 Delete the folder and nothing of the run is left.""",
+    "lives": """\
+A run may need more than one job, and goes on by itself when Slurm takes one away:
+
+  the time limit     no prompt is asked that would not end before it; then the same job waits in the queue
+                     again (`scontrol requeue`; Slurm lets it start two minutes later at the earliest).
+                     A batch of 40 hours in a partition of 4 hours is one `submit`.
+  a preemption       the same; with grace or without.
+  a lost node        named in `status`. With replicas left the job goes on; else another job does, on other nodes.
+  an engine's death  it is started again, up to 3 times in 10 minutes. A prompt that was there each time is asked
+                     alone once; if the engine dies of it, that prompt has failed, and the rest go on.
+  a full disk        nothing more is asked until the answers can be written.
+
+Three starts in a row that answer nothing are the last. `cancel` ends a run for good, `cancel --drain` when the
+prompts under way are answered; [slurm] requeue = false lets no job come back. `resume` goes on with a run that
+stopped, `resume --failed` asks failed prompts again.
+
+With [slurm] jobs = 8 eight jobs share the prompts, each on its own nodes; a faster one does more, and what a dead
+one had taken on goes to the others. `submit --join RUN` adds a job to a run, with --set also one of another shape:
+`submit --join RUN --set slurm.partition=small --set slurm.nodes=2`.""",
     "codes": """\
 Exit codes, of every command and of the Slurm job:
 
@@ -5621,7 +5701,7 @@ Exit codes, of every command and of the Slurm job:
   1    finished, but some prompts failed (results/errors.jsonl says why)
   2    something in the input is wrong: the message says what and where
   3    the engine or the cluster failed
-  4    stopped with work left; what is finished is kept
+  4    stopped with work left; what is finished is kept, and `resume` goes on
   130  interrupted""",
     "engines": """\
 [engine] name = "llama.cpp"

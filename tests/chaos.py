@@ -125,10 +125,12 @@ class Storm:
         """The disk with the runs is full for some seconds."""
         if not self.disk:
             return False
-        with open(self.disk / "filler", "wb") as filler, contextlib.suppress(OSError):
-            while True:
-                filler.write(bytes(2**16))
-                filler.flush()
+        filler = os.open(self.disk / "filler", os.O_CREAT | os.O_WRONLY)
+        for size in (2**16, 2**10, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(filler, bytes(size))
+        os.close(filler)
         time.sleep(self.chance.uniform(0.5, 4))
         (self.disk / "filler").unlink()
         return True

@@ -167,8 +167,8 @@ class Site:
         for pid in (parent, child):
             os.kill(pid, signal.SIGKILL)
 
-    def answering(self, count=2):
-        wait_for("a few answers", lambda: self.runs() and len(self.journal()) >= count)
+    def answering(self, count=2, timeout_s=60):
+        wait_for("a few answers", lambda: self.runs() and len(self.journal()) >= count, timeout_s)
 
     def ended(self, code=0, timeout_s=90):
         """The state once the run has ended; when all is done there is one result for every prompt."""

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NEEDS = {"pump.py": "nginx", "million.py": "nginx", "slots.py": "cmake", "overhead.py": "slurmctld"}
+NEEDS = {"pump.py": "nginx", "million.py": "nginx", "slots.py": "cmake", "overhead.py": "slurmctld", "scaling.py": "python3"}
 
 path = os.environ["PATH"] + ":/usr/sbin:/sbin"
 for name, program in NEEDS.items():

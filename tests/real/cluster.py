@@ -186,6 +186,11 @@ class RealCluster:
     def mend(self, node):
         Network.of(self.folder).mend(node)
 
+    def firewall(self, closed, to):
+        """A node drops all connections of another but those to Slurm's daemon (hosts only)."""
+        line = next(line for line in self.conf_path.read_text().splitlines() if line.startswith("NodeName=%s " % closed))
+        Network.of(self.folder).firewall(closed, to, int(line.rpartition("Port=")[2].split()[0]))
+
     # The files ---------------------------------------------------------------------------------------
 
     def write_files(self):

@@ -93,6 +93,12 @@ class Network:
     def mend(self, node):
         subprocess.run(["ip", "link", "set", self.link(node), "up"], check=True)
 
+    def firewall(self, closed, to, but):
+        """A node drops the connections of another, but those to one port."""
+        rule = "ip saddr %s tcp dport != %d tcp flags & (syn|ack) == syn drop" % (self.address[to], but)
+        subprocess.run(["nsenter", "--net=/run/netns/" + self.namespace(closed), "nft", "-f", "-"], check=True, text=True,
+                       input="table inet wall { chain in { type filter hook input priority 0; %s; }; }" % rule)
+
     def inside(self, node, argv):
         """The command line that runs argv on a node; every program in it replaces itself by the next."""
         return ["nsenter", "--net=/run/netns/" + self.namespace(node),

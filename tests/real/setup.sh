@@ -6,7 +6,7 @@ set -euo pipefail
 PROGRAMS=(
     slurmctld:slurm-wlm slurmd:slurm-wlm sbatch:slurm-wlm munged:munge   # the cluster
     cmake:cmake ninja:ninja-build g++:g++ strip:binutils                 # llama.cpp
-    prometheus:prometheus nginx:nginx-light ip:iproute2 curl:curl        # what users put beside it
+    prometheus:prometheus nginx:nginx-light ip:iproute2 nft:nftables curl:curl        # what users put beside it
 )
 
 export PATH="$PATH:/usr/sbin:/sbin" DEBIAN_FRONTEND=noninteractive
