@@ -5102,10 +5102,11 @@ def state_of(run, jobs, slurm):
         return dict(state, state="pending", detail=pending_words(waiting[0]) if waiting else "just submitted")
     else:
         latest = {life["job"]: life for life in lives}.values()
+        requeued = [life for life in latest if life["next"] == "requeued" and not job_ended(jobs, life)]
+        if requeued:
+            return dict(state, state="pending", detail=f"{requeued[0]['detail']}; it was put back into the queue")
         last = [life for life in latest if not life["next"]] or lives[-1:]
         shown = max(last, key=lambda life: life["exit_code"])
-        if shown["next"] and not job_ended(jobs, shown):
-            return dict(state, state="pending", detail=f"{shown['detail']}; it goes on ({shown['next']})")
     return dict(state, **{name: shown[name] for name in ("state", "detail", "done", "failed", "exit_code")})
 
 

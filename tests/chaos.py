@@ -176,6 +176,10 @@ def one(seed, real):
             storm.disk = disk
             try:
                 return weather(site, storm, chance)
+            except AssertionError:
+                if os.environ.get("CHAOS_KEEP"):
+                    subprocess.run(["cp", "-rL", str(folder), os.environ["CHAOS_KEEP"]])
+                raise
             finally:
                 for daemon in storm.returned:
                     daemon.kill()
@@ -198,7 +202,7 @@ def weather(site, storm, chance):
             told.append(action.replace("_", " "))
     by_hand = until_done(site)
     check(site)
-    return f"{', '.join(told) or 'nothing'}; {len(site.lives())} lives, {len(site.journal()) - PROMPTS} asked again" \
+    return f"{', '.join(told) or 'nothing'}; {len(site.lives())} lives, {len(site.journal()) - PROMPTS} answered twice" \
         + (f", resumed {by_hand} times by hand" if by_hand else "")
 
 

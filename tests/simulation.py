@@ -63,7 +63,6 @@ class Faults(NamedTuple):
     claim: float = 0.0  # a link fails, made or not
     read: float = 0.0  # a listing or a read fails
     lossy: bool = True  # a failed sync may lose bytes
-    failed_again: bool = True  # some lives are told to ask failed prompts once more
     mixed: bool = True  # one prompt may get an error here and a success there
     holes: float = 0.0  # what is lost leaves zeros with more behind them
     one_journal: bool = False  # every driver writes the same journal: what must never be
@@ -210,7 +209,7 @@ class World:
         must(len(self.drivers) < MOST_DRIVERS, "one driver after the other ends with work left")
         taken = {driver.life for driver in self.drivers}
         life = next(life for life in (llmrun.Life(job, restart, number) for number in itertools.count()) if life not in taken)
-        if not self.faults.failed_again or any(
+        if any(
                 driver.fate.failed_again and not driver.process.dead for driver in self.drivers):
             fate = fate._replace(failed_again=False)  # two such may wait for each other
         driver = Driver(self, life, self.chance.choice(self.hosts), fate)
@@ -738,7 +737,10 @@ class Driver:
 
 
 def merged(marks):
-    return dict(marks.lines((llmrun.Marks.FAILED, llmrun.Marks.DONE)))
+    try:
+        return dict(marks.lines((llmrun.Marks.FAILED, llmrun.Marks.DONE)))
+    except IndexError:
+        raise Broken("a merge counts a result without a line")
 
 
 def by_the_rule(journals):

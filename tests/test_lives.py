@@ -8,7 +8,7 @@ import signal
 import subprocess
 
 import pytest
-from conftest import SOME, wait_for
+from conftest import REAL, SOME, wait_for
 
 SLOT = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 22 ))"  # a time limit in seconds; Slurm's own are whole minutes
 
@@ -52,6 +52,20 @@ def test_a_preempted_run_comes_back_and_finishes(site_on, words):
         assert "preempted" in before["why"]
     assert before["next"] == "requeued"
     assert len(site.journal()) == state["total"], "every finished prompt was kept"
+
+
+def test_a_suspended_run_goes_on_where_it_was(site_on):
+    shared = " OverSubscribe=FORCE:1" * REAL  # which a real Slurm needs to suspend, and the gang scheduler
+    site = site_on(partitions={"low": "PreemptMode=SUSPEND" + shared, "high": shared.strip()},
+                   **({"PreemptMode": "SUSPEND,GANG"} if REAL else {}))
+    site.slow(SOME)
+    site.config(slurm={"partition": "low"})
+    site.llmrun("submit", "config.json")
+    site.answering()
+    site.preempt(15 if REAL else 3)  # longer than a stalled agent may be silent, on the real one
+    wait_for("the suspension", lambda: site.status()["state"] == "suspended")
+    site.ended()
+    assert len(site.lives()) == 1
 
 
 def test_scancel_is_the_end(site_on):

@@ -1,20 +1,7 @@
-"""Lives that only fakes can show: engines that die of a prompt or load for ever, a scheduler that suspends at once."""
+"""Lives that only fakes can show: engines that die of a prompt or load for ever."""
 
 import json
 
-from conftest import SOME, wait_for
-
-
-def test_a_suspended_run_goes_on_where_it_was(site_on):
-    site = site_on(partitions={"low": "PreemptMode=SUSPEND"})
-    site.slow(SOME)
-    site.config(slurm={"partition": "low"})
-    site.llmrun("submit", "config.json")
-    site.answering()
-    site.preempt(4)
-    wait_for("the suspension", lambda: site.status()["state"] == "suspended")
-    site.ended()
-    assert len(site.lives()) == 1
 
 
 def test_one_poisonous_prompt_is_failed_and_no_other(site_on):

@@ -1,8 +1,13 @@
 """Many bad days of many drivers, and that the simulation would see it if something were wrong."""
 
+import asyncio
+import errno
 import os
+import re
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 
 import llmrun
@@ -10,7 +15,7 @@ import pytest
 import simulation
 
 SCRIPT = Path(simulation.__file__)
-NOT_YET = {"mixed": False, "lossy": False, "failed_again": False}  # what breaks rules today: the tests below say how
+NOT_YET = {"mixed": False, "lossy": False}  # what breaks rules today: the tests at the end say how
 MUST_OCCUR = [
     "answers of two lives", "bytes lost", "drains", "drivers ended by the disk", "failed appends", "failed beats",
     "failed closes", "failed creates", "failed syncs", "host crashes", "journal_trouble", "journal_well", "kills",
@@ -33,12 +38,6 @@ def test_links_and_reads_that_fail_cost_no_result(fault):
     assert counts[f"failed {fault}s"] > 0
 
 
-@pytest.mark.xfail(reason="see the tests at the end", strict=True)
-def test_every_result_stands_once_in_every_merge_whatever_else_happens():
-    _, broken = simulation.simulate_some(range(150), holes=0.3)
-    assert not broken, "\n".join(broken.values())
-
-
 def test_a_seed_is_the_same_every_time():
     for seed in (3, 77):
         one, other = [], []
@@ -47,7 +46,7 @@ def test_a_seed_is_the_same_every_time():
 
 
 def test_a_seed_is_the_same_in_every_process():
-    code = "import simulation, zlib; t = []; simulation.simulate(3, t, mixed=False, lossy=False, failed_again=False); " \
+    code = "import simulation, zlib; t = []; simulation.simulate(3, t, mixed=False, lossy=False); " \
            "print(len(t), zlib.crc32(repr(t).encode()))"
     told = {subprocess.check_output([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, cwd=SCRIPT.parent)
             for seed in ("1", "2")}
@@ -63,11 +62,16 @@ def test_the_command_says_what_it_saw():
 # ── the simulation sees what is wrong ──────────────────────────────────────────
 
 
-def seen(monkeypatch, seeds, change, **switches):
-    """What breaks by a change that is wrong, in seeds that are well without it."""
-    well = sorted(set(seeds) - set(simulation.simulate_some(seeds, **{**NOT_YET, **switches})[1]))
-    change(monkeypatch)
-    return "\n".join(simulation.simulate_some(well, **{**NOT_YET, **switches})[1].values())
+def first_seen(monkeypatch, change, **switches):
+    """What breaks first by a change that is wrong, in a seed that is well without it."""
+    switches = {**NOT_YET, **switches}
+    for seed in range(120):
+        with monkeypatch.context() as patch:
+            change(patch)
+            _, broken = simulation.simulate_some([seed], **switches)
+        if broken and not simulation.simulate_some([seed], **switches)[1]:
+            return broken[seed]
+    return "nothing"
 
 
 def last_line_wins(monkeypatch):
@@ -118,28 +122,37 @@ def torn_lines_count(monkeypatch):
 
 
 def nothing_is_taken_over(monkeypatch):
+    monkeypatch.setattr(simulation, "LONGEST_S", 3600)
     monkeypatch.setattr(llmrun.Claims, "is_gone", lambda self, owner: False)
 
 
-@pytest.mark.parametrize("change, words, switches", [
-    (last_line_wins, "the rule says", {}), (errors_win, "the rule says", {"mixed": True}),
-    (unsynced_lines_are_forgotten, "were told|was told", {}), (synced_is_what_is_written, "was told", {}),
-    (torn_lines_count, "the rule says|has", {}), (nothing_is_taken_over, "no end comes", {})],
-    ids=lambda value: getattr(value, "__name__", ""))
-def test_a_wrong_rule_is_seen(monkeypatch, change, words, switches):
-    broken = seen(monkeypatch, range(120), change, **switches)
-    assert any(word in broken for word in words.split("|")), broken or "nothing broke"
+@pytest.mark.parametrize("change, switches", [
+    (last_line_wins, {}), (errors_win, {"mixed": True}), (unsynced_lines_are_forgotten, {}), (synced_is_what_is_written, {}),
+    (torn_lines_count, {}), (nothing_is_taken_over, {})], ids=lambda value: getattr(value, "__name__", ""))
+def test_a_wrong_rule_is_seen(monkeypatch, change, switches):
+    broken = first_seen(monkeypatch, change, **switches)
+    assert re.search("the rule says|a result without a line|was told|no end comes", broken), broken
 
 
-def test_two_writers_of_one_journal_are_seen():
-    _, broken = simulation.simulate_some(range(20), one_journal=True, **NOT_YET)
-    assert "was told" in "\n".join(broken.values())
+def test_two_writers_of_one_journal_are_seen(monkeypatch):
+    monkeypatch.setattr(simulation, "LONGEST_S", 3600)
+    _, broken = simulation.simulate_some(range(10), one_journal=True, **NOT_YET)
+    assert len(broken) > 3
 
 
 # ── what breaks rules today ────────────────────────────────────────────────────
 
 
+@pytest.mark.xfail(reason="the tests below say why", strict=True)
+@pytest.mark.parametrize("faults", [{"mixed": True}, {"lossy": True}, {"lossy": True, "holes": 0.5}], ids=str)
+def test_every_result_stands_once_in_every_merge_whatever_else_happens(faults):
+    _, broken = simulation.simulate_some(range(150), **{**NOT_YET, **faults})
+    assert not broken, "\n".join(broken.values())
+
+
 class Rows:
+    """One prompt."""
+
     def __len__(self):
         return 1
 
@@ -157,37 +170,22 @@ def run(tmp_path):
     return llmrun.Run(tmp_path)
 
 
-class Loop:
-    """Enough of an event loop for a journal that is closed at once."""
-
-    def call_later(self, delay_s, call):
-        return self
-
-    def cancel(self):
-        pass
-
-
-@pytest.fixture(autouse=True)
-def loop(monkeypatch, request):
-    if "run" in request.fixturenames:
-        monkeypatch.setattr(llmrun.asyncio, "get_running_loop", Loop)
-
-
-def written(run, life, *statuses):
-    journal = llmrun.Journal(run, life)
-    for status in statuses:
+def write(run, life, status):
+    async def work():
         journal.add(result(status))
+    journal = llmrun.Journal(run, life)
+    asyncio.run(work())
     journal.close()
 
 
 @pytest.mark.xfail(reason="a success of our own keeps the place of an error", strict=True)
 @pytest.mark.parametrize("again", [True, False], ids=["asked again", "another's error"])
 def test_a_success_takes_the_place_of_an_error_that_was_read_before(run, again):
-    written(run, llmrun.Life(1, 0, 0), 400)
+    write(run, llmrun.Life(1, 0, 0), 400)
     marks = llmrun.Marks(run, Rows())
     if again:
         marks.forget_failures()
-    written(run, llmrun.Life(2, 0, 0), 200)
+    write(run, llmrun.Life(2, 0, 0), 200)
     marks.settle((0, 0, 0), True)
     marks.refresh()
     line, = [line for _, line in marks.lines((llmrun.Marks.DONE,))]
@@ -201,3 +199,50 @@ def test_two_pieces_of_lines_are_no_line(run, hole):
     for name, data in (("1.0.0.0", whole[:60] + hole + whole[(20 if hole else 0):]), ("1.0.0.1", whole)):
         (run.journal / f"{name}.jsonl").write_bytes(data)
     assert [line for _, line in llmrun.Marks(run, Rows()).lines((llmrun.Marks.DONE,))] == [whole]
+
+
+class LosesOnce(llmrun.Disk):
+    """A disk whose first sync takes until the loop has ended, fails and loses all; failures are told once."""
+
+    def __init__(self):
+        self.asked, self.over = threading.Event(), threading.Event()
+
+    def sync(self, file):
+        if self.asked.is_set():
+            return
+        self.asked.set()
+        self.over.wait(5)
+        os.ftruncate(file, 0)
+        raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.xfail(reason="what the last sync said was heard by nobody", strict=True)
+def test_a_sync_that_fails_while_the_loop_ends_costs_no_result(run, monkeypatch):
+    monkeypatch.setattr(llmrun.Journal, "SYNC_AFTER_S", 0.0)
+    run.disk = LosesOnce()
+    journal = llmrun.Journal(run, llmrun.Life(1, 0, 0))
+
+    async def work():
+        journal.add(result(200))
+        while not run.disk.asked.is_set():
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_soon(threading.Timer(0.1, run.disk.over.set).start)
+    asyncio.run(work())
+    journal.close()
+    assert llmrun.Marks(run, Rows()).count(llmrun.Marks.DONE) == 1
+
+
+@pytest.mark.xfail(reason="a merge keeps the places of lines that were lost after they were read", strict=True)
+def test_a_line_that_was_lost_after_it_was_read_is_taken_from_the_new_segment(run, monkeypatch):
+    """A sync that fails on a full quota drops what the file system had taken; the journal writes it once more."""
+    run.claims.mkdir()
+    life, told = llmrun.Life(1, 0, 0), []
+    whole = llmrun.journal_line(result(200))
+    (run.journal / f"{life}.0.jsonl").write_bytes(whole)
+    claims = llmrun.Claims(run, life, llmrun.Marks(run, Rows()), [0, 1])
+    (run.journal / f"{life}.0.jsonl").write_bytes(b"")
+    (run.journal / f"{life}.1.jsonl").write_bytes(whole)
+    monkeypatch.setattr(llmrun, "write_results", lambda run, config, marks: told.extend(marks.lines((llmrun.Marks.DONE,))))
+    journal = types.SimpleNamespace(close=lambda: None)
+    llmrun.finish(run, None, life, types.SimpleNamespace(job=1), 0, journal, llmrun.Tally(), claims, llmrun.Ending(llmrun.DONE))
+    assert told == [(0, whole)]
