@@ -3644,14 +3644,15 @@ class Marks:
         self.place = array.array("Q", b"\xff" * 8 * len(prompts))  # NOWHERE
         self.refresh()
 
-    def refresh(self):
-        """Read what the journals have gained since the last time."""
+    def refresh(self, but=None):
+        """Read what the journals have gained since the last time, all or those of other lives than one."""
         known = set(self.segments)
         new = [segment for segment in self.run.segments() if segment not in known]
         self.segments += new
         self.read_to += [0] * len(new)
-        for index in range(len(self.segments)):
-            self.read(index)
+        for index, segment in enumerate(self.segments):
+            if segment.life != but:
+                self.read(index)
 
     def read(self, index):
         """The whole lines that one journal has gained; one without an end was torn by a crash, or is still to come."""
@@ -3927,7 +3928,7 @@ class Claims:
 
     def look(self):
         self.looked = self.clock()
-        self.marks.refresh()
+        self.marks.refresh(but=self.life)  # our own results are counted as they come
         self.generations.update(self.run.generations())
 
     def owner(self, chunk, generation):
