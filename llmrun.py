@@ -485,8 +485,8 @@ class SlurmConfig:
     requeue: bool = key(True, FLAG, "Go on by itself when the time limit, a preemption or a lost node ends the job "
                         "with work left: the same job once more, or a new one.")
     grace: float = key(120.0, DURATION, "How long before the time limit to stop asking new prompts.")
-    join_timeout: float = key(120.0, DURATION, "How long a node may take to answer at the start of the job; a "
-                              "replica that can do without it does not wait longer.")
+    join_timeout: float = key(120.0, DURATION, "How long a node may take to answer at the start of the job. Then "
+                              "it goes on without it, where replicas allow that, or another job does.")
     output: str = key("", PATH, "The job's own output; by default slurm-JOB.out in the run's logs. "
                       "%j stands for the job id.")
     directives: List[str] = key([], list_of(TEXT), "More #SBATCH options as they are, as in [\"--exclusive\"]; "

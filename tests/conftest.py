@@ -167,6 +167,15 @@ class Site:
         for pid in (parent, child):
             os.kill(pid, signal.SIGKILL)
 
+    def shim(self, name, condition, *lines):
+        """A site on which one of Slurm's commands behaves otherwise where the condition on its words "$*" holds."""
+        shim, real = self.folder / "shim" / name, shutil.which(name, path=self.env["PATH"])
+        shim.parent.mkdir(exist_ok=True)
+        shim.write_text("\n".join(["#!/bin/bash", f"if {condition}; then", *lines, "fi", f'exec {real} "$@"', ""]))
+        shim.chmod(0o755)
+        if str(shim.parent) not in self.env["PATH"]:
+            self.env["PATH"] = f"{shim.parent}:{self.env['PATH']}"
+
     def answering(self, count=2, timeout_s=60):
         wait_for("a few answers", lambda: self.runs() and len(self.journal()) >= count, timeout_s)
 

@@ -63,6 +63,7 @@ class Faults(NamedTuple):
     claim: float = 0.0  # a link fails, made or not
     read: float = 0.0  # a listing or a read fails
     lossy: bool = True  # a failed sync may lose bytes
+    failed_again: bool = True  # some lives are told to ask failed prompts once more
     mixed: bool = True  # one prompt may get an error here and a success there
     holes: float = 0.0  # what is lost leaves zeros with more behind them
     one_journal: bool = False  # every driver writes the same journal: what must never be
@@ -209,7 +210,7 @@ class World:
         must(len(self.drivers) < MOST_DRIVERS, "one driver after the other ends with work left")
         taken = {driver.life for driver in self.drivers}
         life = next(life for life in (llmrun.Life(job, restart, number) for number in itertools.count()) if life not in taken)
-        if any(
+        if not self.faults.failed_again or any(
                 driver.fate.failed_again and not driver.process.dead for driver in self.drivers):
             fate = fate._replace(failed_again=False)  # two such may wait for each other
         driver = Driver(self, life, self.chance.choice(self.hosts), fate)
@@ -351,6 +352,9 @@ class Process(asyncio.AbstractEventLoop):
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        for task in self.tasks:
+            if task.done() and not task.cancelled() and task.exception() and not isinstance(task.exception(), OSError):
+                raise task.exception()
         while self.threads:
             await asyncio.sleep(0.5)
 
@@ -605,7 +609,7 @@ class Rows:
 
 
 class Driver:
-    """One life of a driver: what `drive`, `live`, `tending` and `finish` do with claims, journal and marks, and the
+    """One life of a driver: its story as `drive` and `live` tell it, the product's own `tending` and `finish`, and the
     pump's way of asking; engines are a random time."""
 
     def __init__(self, world, life, host, fate):
@@ -616,6 +620,7 @@ class Driver:
         self.journal = self.claims = self.merged = None
         self.added, self.under_way, self.waiting = [], set(), []
         self.exhausted = self.draining = self.closed = False
+        self.first_sent, self.ends_at = None, float("inf")
         self.hurry, self.slots = world.chance.uniform(1, 4), world.chance.randint(2, 4)
         self.answer_s = world.chance.choice([0.3, 3, 10])
 
@@ -647,35 +652,25 @@ class Driver:
         self.world.over(self.process)
 
     async def live(self):
-        chance, ready = self.world.chance, self.process.time() + self.world.chance.choice([0, 0, 5, 60])
-        while self.process.time() < ready:
-            await asyncio.sleep(min(12, ready - self.process.time()))
-            self.claims.beat()
-            self.claims.look()
-            if self.claims.finished or self.draining:
-                return
-        asyncio.ensure_future(self.guarded(self.tend))
-        await asyncio.gather(*(self.worker(chance) for _ in range(self.slots)))
+        orders = types.SimpleNamespace(allocation=types.SimpleNamespace(job=0), stop=lambda ending: self.drain())
+        self.claims.LOOK_S *= self.hurry
+        async with llmrun.tending(self.claims, self, orders):
+            ready = self.process.time() + self.world.chance.choice([0, 0, 5, 60])
+            while self.process.time() < ready and not self.draining:
+                await asyncio.sleep(min(2, ready - self.process.time()))
+            self.first_sent = None if self.draining else self.process.time()
+            await asyncio.gather(*(self.worker(self.world.chance) for _ in range(self.slots)))
 
-    async def tend(self):
-        beaten = self.process.time()
-        while True:
-            await asyncio.sleep(self.claims.LOOK_S * self.world.chance.uniform(1, self.hurry))
-            if self.process.time() - beaten > self.claims.BEAT_S:
-                beaten = self.process.time()
-                self.claims.beat()
-            self.wake()
-
-    def wake(self):
+    def wake_all(self):
         waiting, self.waiting = self.waiting, []
         for turn in waiting:
             if not turn.done():
                 turn.set_result(None)
 
     def drain(self):
-        self.world.counts["drains"] += 1
+        self.world.counts["drains"] += not self.draining
         self.draining = True
-        self.wake()
+        self.wake_all()
 
     async def worker(self, chance):
         while True:
@@ -684,7 +679,7 @@ class Driver:
             number = None if self.exhausted or self.draining else self.claims.next()
             if number is None:
                 self.exhausted = True
-                return self.wake()
+                return self.wake_all()
             if number == llmrun.LATER:
                 turn = self.process.create_future()
                 self.waiting.append(turn)
@@ -700,8 +695,8 @@ class Driver:
         """As the driver does with a result."""
         key = self.world.rows.key(number)
         body = b'{"by": "%s"}' % str(self.life).encode()
-        result = llmrun.Result(llmrun.Prompt(key, str(number), "", b""), 200 if ok else self.world.chance.choice([0, 400]), body, {},
-                               {"code": "died", "message": f"by {self.life}"}, self.world.now, 1.0, 1, 0)
+        status, error = 200 if ok else self.world.chance.choice([0, 400]), {"code": "died", "message": f"by {self.life}"}
+        result = llmrun.Result(llmrun.Prompt(key, str(number), "", b""), status, body, {}, error, self.world.now, 1.0, 1, 0)
         self.added.append(llmrun.journal_line(result))
         self.journal.add(result)
         self.claims.marks.settle(key, ok)
@@ -840,7 +835,7 @@ def standing_in(world):
             opened.pop(0)
     opened, own_lines = [], llmrun.Marks.lines
     put = {"os": Here(world), "socket": types.SimpleNamespace(gethostname=lambda: world.here.host.name),
-           "process_birth": birth, "open": open_seen, "write_file": lambda path, text: None,
+           "process_birth": birth, "clock": lambda: world.here.time(), "open": open_seen, "write_file": lambda path, text: None,
            "write_results": lambda run, config, marks: world.here.driver.merge(marks)}
     kept = {name: vars(llmrun)[name] for name in put if name in vars(llmrun)}
     vars(llmrun).update(put)
@@ -861,7 +856,8 @@ def simulate(seed, trace=None, **switches):
             world.run()
             return count_all(world, check_the_end(world))
         except Exception as error:
-            raise Broken(f"seed {seed}: {error if isinstance(error, Broken) else ''.join(traceback.format_exception(type(error), error, error.__traceback__))}")
+            what = [str(error)] if isinstance(error, Broken) else traceback.format_exception(type(error), error, error.__traceback__)
+            raise Broken(f"seed {seed}: {''.join(what)}")
         finally:
             for task in [task for process in world.processes.values() for task in process.tasks]:
                 task.get_coro().close()  # of processes that are no more

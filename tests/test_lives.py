@@ -3,7 +3,6 @@ and nobody has to do anything. On a fake Slurm, or (LLMRUN_BENCH=real) on a real
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 
@@ -135,18 +134,41 @@ def test_without_a_replica_left_another_job_goes_on_elsewhere(site_on):
 
 def test_a_node_that_never_joins_is_named_and_not_asked_for_again(site_on):
     site = site_on()
-    shim = site.folder / "shim" / "srun"  # a site on which srun to one node hangs
-    shim.parent.mkdir()
-    real = shutil.which("srun", path=site.env["PATH"])
-    shim.write_text(f'#!/bin/bash\ncase "$*" in *"-w node2 "*) exec sleep 60;; *) exec {real} "$@";; esac\n')
-    shim.chmod(0o755)
-    site.env["PATH"] = f"{shim.parent}:{site.env['PATH']}"
+    site.shim("srun", '[[ "$*" == *"-w node2 "* ]]', "exec sleep 60")
     site.config(slurm={"nodes": 2, "join_timeout": "2s"})
     site.llmrun("submit", "config.json")
     state = site.ended()
     starts = [event for event in site.events() if event["event"] == "start"]
     assert len(starts) == 2 and "node2" in starts[0]["nodes"] and "node2" not in starts[1]["nodes"]
     assert "node2" in state["lost"][0]
+
+
+def test_replicas_go_on_without_a_node_that_never_joins(site_on):
+    site = site_on()
+    site.shim("srun", '[[ "$*" == *"-w node2 "* ]]', "exec sleep 60")
+    site.config(slurm={"nodes": 3, "join_timeout": "2s"}, engine={"replicas": 3})
+    site.llmrun("submit", "config.json")
+    state = site.ended()
+    assert len(site.lives()) == 1 and "node2" in state["lost"][0]
+
+@pytest.mark.parametrize("may_submit", [True, False])
+def test_where_requeue_is_refused_another_job_goes_on_or_the_user_is_told_how(site_on, may_submit):
+    site = site_on()
+    site.slow(SOME)
+    site.shim("scontrol", '[ "$1" = requeue ]', "echo 'Requested operation is presently disabled for job' >&2", "exit 1")
+    if not may_submit:
+        site.shim("sbatch", '[ -n "$SLURMD_NODENAME" ]', "echo 'sbatch: error: not from compute nodes' >&2", "exit 1")
+    site.llmrun("submit", "config.json")
+    site.answering()
+    subprocess.run(["scancel", "-b", "-s", "USR1", str(site.status()["job"])], env=site.env, check=True)
+    if may_submit:
+        site.ended()
+        assert site.ends()[0]["next"].startswith("job ") and "presently disabled" in site.ends()[0]["why"]
+    else:
+        state = site.ended(code=4)
+        assert f"python llmrun.py resume {site.run.name}" in state["detail"] and "compute nodes" in state["detail"]
+        site.llmrun("resume", "--wait")
+        site.ended()
 
 
 def test_an_array_shares_the_prompts_and_ends_together(site_on):

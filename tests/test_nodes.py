@@ -1,5 +1,6 @@
 """An agent by itself, spoken to over its pipes as the driver does."""
 
+import asyncio
 import json
 import os
 import signal
@@ -140,6 +141,46 @@ def test_an_agent_that_hears_nothing_ends(tmp_path):
     spoken.process.wait(10)
     wait_for("the process to be gone", lambda: not lives(pid), 5)
     spoken.process.communicate()
+
+
+def test_an_agent_whose_driver_fell_silent_asks_for_a_requeue_but_not_one_whose_driver_ended(tmp_path, monkeypatch):
+    """A node that was switched off sends no end of its pipe, and Slurm may take minutes to see that it is gone."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("LLMRUN_REQUEUE", "1")
+    ended = Spoken(tmp_path)
+    ended.process.communicate(timeout=10)  # the end of its pipe
+    assert not (tmp_path / "asked").exists()
+    silent = Spoken(tmp_path, "llmrun.LOST_DRIVER_S = 0.5; llmrun.BEAT_S = 0.1")
+    silent.process.wait(10)
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
+    silent.process.communicate()
+
+
+@pytest.mark.parametrize("stalled", [True, False])
+def test_a_silence_means_nothing_while_we_stood_still_ourselves(monkeypatch, stalled, tmp_path):
+    """A job that was suspended, or whose disk hung for a minute, finds all its nodes silent for so long."""
+    monkeypatch.setattr(llmrun, "BEAT_S", 0.05)
+    monkeypatch.setattr(llmrun, "SILENT_NODE_S", 0.3)
+    monkeypatch.setattr(llmrun, "STALL_S", 0.2)
+
+    async def work():
+        told = []
+        node = llmrun.Node("n1", [], {}, tmp_path / "log", lambda event, **facts: told.append(event), 0.3)
+        node.facts.set_result({})
+        node.write = lambda message: None
+        beating = asyncio.ensure_future(node.beat())
+        await asyncio.sleep(0)
+        if stalled:
+            time.sleep(0.5)
+            await asyncio.sleep(0.1)
+        else:
+            await asyncio.sleep(0.6)
+        beating.cancel()
+        return told
+    assert asyncio.run(work()) == ([] if stalled else ["node_lost"])
 
 
 def test_an_address_is_proved_by_the_nonce_behind_it(agent):
