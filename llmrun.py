@@ -3523,6 +3523,7 @@ def journal_line(result):
                result.replica, b"true" if result.ok else b"false")
 
 
+LINE_BEGIN = b'{"id": "batch_req_'
 KEY_IN_LINE = re.compile(rb'\{"id": "batch_req_(\d+)_(\d+)_(\d+)"')
 LINE_END, OK_END = b"}}", b'"ok": true}}'
 
@@ -3540,7 +3541,7 @@ class Journal:
         self.run, self.life, self.tell, self.disk = run, life, tell, run.disk
         self.segment, self.file = -1, -1
         self.lines, self.unsynced = [], []  # not written yet; written, but maybe not on the disk
-        self.timer = self.syncing = None
+        self.timer = self.syncing = self.lost = None
         self.trouble = ""  # why nothing can be written just now
         self.open_segment()
 
@@ -3580,13 +3581,21 @@ class Journal:
         await asyncio.sleep(self.SYNC_AFTER_S)
         segment, synced = self.segment, len(self.unsynced)
         try:
-            await asyncio.get_running_loop().run_in_executor(None, self.disk.sync, self.file)
+            await asyncio.get_running_loop().run_in_executor(None, self.sync_file, self.file)
             if segment == self.segment and not self.trouble:
                 del self.unsynced[:synced]
         except OSError as error:
             if segment == self.segment and not self.trouble:  # else it is known already
                 self.fail(error)
         self.syncing = None
+
+    def sync_file(self, file):
+        """A failure is told once only, and may come when nobody waits for it any more."""
+        try:
+            self.disk.sync(file)
+        except OSError:
+            self.lost = file
+            raise
 
     def fail(self, error):
         """Keep everything since the last good sync for a new segment, and say so."""
@@ -3621,6 +3630,8 @@ class Journal:
         for waiting in (self.timer, self.syncing):
             if waiting:
                 waiting.cancel()
+        if self.lost == self.file and not self.trouble:
+            self.trouble, self.lines, self.unsynced = "not synced", self.unsynced + self.lines, []
         if self.trouble:
             self.open_segment()
         self.write_lines()
@@ -3666,7 +3677,8 @@ class Marks:
                 most *= 2  # a line longer than that
             for line in data[:end].split(b"\n")[:-1]:
                 match = KEY_IN_LINE.match(line)
-                if match and line.endswith(LINE_END):  # else torn before: a new segment has it again
+                # Else it was torn, or a crash left a hole in it: then another segment has it, or it is asked again.
+                if match and line.endswith(LINE_END) and not line.rfind(LINE_BEGIN) and b"\0" not in line:
                     self.mark(tuple(map(int, match.groups())), line.endswith(OK_END), index << 44 | self.read_to[index])
                 self.read_to[index] += len(line) + 1
 
@@ -3681,12 +3693,15 @@ class Marks:
 
     def settle(self, key, ok):
         """Count a result of our own at once; `refresh` finds its place when it is written."""
-        number = self.prompts.number(key)
-        self.state[number] = max(self.state[number], self.DONE if ok else self.FAILED)
+        number, state = self.prompts.number(key), self.DONE if ok else self.FAILED
+        if state > self.state[number]:
+            self.state[number], self.place[number] = state, self.NOWHERE
 
     def forget_failures(self):
         """Take failed prompts as not asked yet."""
-        self.state = self.state.replace(b"\1", b"\0")
+        for number in range(len(self.state)):
+            if self.state[number] == self.FAILED:
+                self.state[number], self.place[number] = self.OPEN, self.NOWHERE
 
     def count(self, state):
         return self.state.count(state)
@@ -3868,6 +3883,8 @@ class Claims:
         self.chunk = 0  # all before it are claimed by somebody
         self.owners = {}  # (chunk, generation) → the life that has it
         self.beats = {}  # a life's name → its beat, and since when it stands there
+        self.held = set()  # (chunk, generation) of our own claims
+        self.under_way = set()  # the prompts that were given out and have no result yet
         self.count = 0
         self.looked = -math.inf
         self.beat()
@@ -3882,7 +3899,8 @@ class Claims:
         """The number of the next prompt to ask; LATER when all are claimed, None when all have results."""
         while True:
             for number in self.mine:
-                if not self.marks.state[number]:
+                if not self.marks.state[number] and number not in self.under_way:
+                    self.under_way.add(number)
                     return number
             try:
                 if self.claim_next():
@@ -3912,9 +3930,21 @@ class Claims:
         if not new and self.owner(chunk, generation) != self.life:
             self.generations.update(self.run.generations())
             return False
+        return self.hold(chunk, generation)
+
+    def hold(self, chunk, generation):
+        """Take up a claim of ours, and what was answered until then by whoever had it before."""
         self.owners[chunk, generation] = self.life
+        if generation:
+            self.marks.refresh(but=self.life)
+        self.held.add((chunk, generation))
         self.mine = iter(range(self.starts[chunk], self.starts[chunk + 1]))
         return True
+
+    def settle(self, key, ok):
+        """A result of our own."""
+        self.under_way.discard(self.marks.prompts.number(key))
+        self.marks.settle(key, ok)
 
     def take_over(self):
         """Look at what the others have done, and claim a chunk that its owner left with prompts to ask."""
@@ -3922,7 +3952,9 @@ class Claims:
         for chunk, generation in sorted(self.generations.items()):
             if self.open(chunk):
                 owner = self.owner(chunk, generation)
-                if owner != self.life and self.is_gone(owner) and self.claim(chunk, generation + 1):
+                if owner == self.life and (chunk, generation) not in self.held:
+                    return self.hold(chunk, generation)  # a link that was made, though we were told of a failure
+                if owner != self.life and self.is_gone(owner, chunk) and self.claim(chunk, generation + 1):
                     return True
         return False
 
@@ -3940,14 +3972,18 @@ class Claims:
             self.owners[chunk, generation] = Life(*map(int, said.split(".")))
         return self.owners[chunk, generation]
 
-    def is_gone(self, owner):
-        if owner and owner.job and owner.job == self.life.job and owner.restart < self.life.restart:
+    def is_gone(self, owner, chunk=None):
+        """Whether the owner of a chunk will do no more of it; None is one whose claim cannot be seen here yet."""
+        if owner is None:
+            return self.stood_still_s(f"the owner of {chunk}", b"") > self.STILL_S
+        if owner.job and owner.job == self.life.job and owner.restart < self.life.restart:
             return True
         beat = self.run.disk.read(self.run.beat_file(owner))
         if beat == self.ENDED:
             return True
-        _, host, pid, born = beat.decode().split() if beat else ("", "", "0", "0")
-        if host == socket.gethostname() and process_birth(int(pid)) != int(born):
+        process = re.fullmatch(rb"\d+ (\S+) (\d+) (\d+)", beat)
+        if process and process.group(1).decode() == socket.gethostname() and process_birth(
+                int(process.group(2))) != int(process.group(3)):
             return True
         return self.stood_still_s(str(owner), beat) > self.STILL_S
 
@@ -3980,9 +4016,11 @@ class Claims:
     def all_with_others(self):
         """Whether all that has no result is claimed by drivers that live: nothing is left for this job."""
         self.look()
-        owners = [self.owner(chunk, self.generations[chunk]) if chunk in self.generations else self.life
-                  for chunk in range(len(self.starts) - 1) if self.open(chunk)]
-        return all(owner != self.life and not self.is_gone(owner) for owner in owners)
+        for chunk in filter(self.open, range(len(self.starts) - 1)):
+            owner = self.owner(chunk, self.generations[chunk]) if chunk in self.generations else self.life
+            if owner == self.life or self.is_gone(owner, chunk):
+                return False
+        return True
 
 
 class Reply(NamedTuple):
@@ -4489,11 +4527,14 @@ def drive(run, allocation, shape=0, failed_again=False):
 def finish(run, config, life, allocation, shape, journal, tally, claims, ending):
     """Flush the journal, then merge if all is done, or see that somebody goes on; the facts of the end."""
     code, why, following = ending.code, ending.why, ""
+    patience_s = 300.0 if ending.code == DONE else 0.0  # whoever is told to end has no time
     try:
         journal.close()
         if claims:
             claims.end()
-            claims.marks.refresh()
+            prompts, claims.marks = claims.marks.prompts, None  # a million's places take 8 MB
+            # Read anew: a disk in trouble may have lost what was read before.
+            claims.marks = patiently("cannot read the journals", lambda: Marks(run, prompts), patience_s)
         if claims and claims.finished:
             code = SOME_FAILED if claims.marks.count(Marks.FAILED) else DONE
             why = tally.doubt()
@@ -4501,15 +4542,15 @@ def finish(run, config, life, allocation, shape, journal, tally, claims, ending)
                 code = SOME_FAILED
         elif claims:
             code, why, following = go_on(run, config, life, allocation, shape, claims, ending)
-        if not following:  # whoever is told to end has no time to be patient
-            patiently("cannot write the results", lambda: save(run, config, claims, code, why),
-                      300.0 if ending.code == DONE else 0.0)
+        if not following:
+            patiently("cannot write the results", lambda: save(run, config, claims, code, why), patience_s)
     except OSError as error:
         code = CLUSTER_FAILED
         why = f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py resume {run.name}`"
-    done, failed = (claims.marks.count(Marks.DONE), claims.marks.count(Marks.FAILED)) if claims else (0, 0)
-    return {"code": code, "why": why, "next": following, "done": done, "failed": failed,
-            "answered": tally.answers, "own_failed": tally.failed}
+    marks = claims and claims.marks
+    return {"code": code, "why": why, "next": following, "answered": tally.answers, "own_failed": tally.failed,
+            "done": marks.count(Marks.DONE) if marks else tally.answers,
+            "failed": marks.count(Marks.FAILED) if marks else tally.failed}
 
 
 def save(run, config, claims, code, why):
@@ -4614,7 +4655,7 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
     def keep(result):
         journal.add(result)
         tally.add(result)
-        claims.marks.settle(result.prompt.key, result.ok)
+        claims.settle(result.prompt.key, result.ok)
 
     orders, lost, engine_lines = Orders(run, config, allocation, tell), [], itertools.count()
     pump = Pump(claims.next, prompts.prompt, keep, allocation.ends_at, lambda: journal.trouble)

@@ -43,7 +43,7 @@ class OneLife:
     def keep(self, result):
         self.journal.add(result)
         self.tally.add(result)
-        self.claims.marks.settle(result.prompt.key, result.ok)
+        self.claims.settle(result.prompt.key, result.ok)
 
     def work(self, port, key="key", keep=None):
         async def pump_all():
