@@ -5,7 +5,7 @@ live on beside their successors. Time is virtual, so that minutes take milliseco
 
     python tests/simulation.py --seeds 10000            on all cores: the counts, and every seed that breaks a rule
     python tests/simulation.py --first 17 --seeds 1     one of them
-    python tests/simulation.py --set claim=0.1          with links that fail too
+    python tests/simulation.py --set claim=0.1          with links that fail more often
 
 It knows nothing of engines, Slurm or the files a user gets: a merge here is the lines that the product would write.
 """
@@ -60,12 +60,9 @@ class Faults(NamedTuple):
     lag_s: float  # by then everybody sees all
     cached: float  # appended bytes stay on their host until the next sync
     again: float  # a link is asked for twice, so that the second answer says "taken"
-    claim: float = 0.0  # a link fails, made or not
-    read: float = 0.0  # a listing or a read fails
-    lossy: bool = True  # a failed sync may lose bytes
-    failed_again: bool = True  # some lives are told to ask failed prompts once more
-    mixed: bool = True  # one prompt may get an error here and a success there
-    holes: float = 0.0  # what is lost leaves zeros with more behind them
+    claim: float  # a link fails, made or not
+    read: float  # a listing or a read fails
+    holes: float  # what is lost leaves zeros with more behind them
     one_journal: bool = False  # every driver writes the same journal: what must never be
 
     @classmethod
@@ -73,7 +70,8 @@ class Faults(NamedTuple):
         full_at = chance.uniform(5, 150)
         full = (full_at, full_at + chance.uniform(1, 60)) if chance.random() < 0.15 else (0, 0)
         return cls(chance.choice([0, 0.01, 0.05]), full, chance.choice([0, 0.2]), chance.choice([0, 0.3, 0.8]),
-                   chance.choice([0.5, 5, 60]), chance.choice([0, 0.5, 1]), chance.choice([0, 0.1]))._replace(**switches)
+                   chance.choice([0.5, 5, 60]), chance.choice([0, 0.5, 1]), chance.choice([0, 0.1]), chance.choice([0, 0.02]),
+                   chance.choice([0, 0.001]), chance.choice([0, 0.5]))._replace(**switches)
 
 
 class Fate(NamedTuple):
@@ -144,8 +142,6 @@ class World:
         if self.chance.random() < 0.3:  # larger chunks
             self.starts = list(range(0, total, self.chance.randint(3, 12))) + [total]
         self.hard = [self.chance.choice([0, 0, 0, 0, 0.5, 1]) for _ in range(total)]  # how likely it is to fail
-        if not self.faults.mixed:
-            self.hard = [round(likely) for likely in self.hard]
         slurm = self.chance.random() < 0.8
         ids = self.chance.sample(range(1, 100), jobs) if slurm else [0] * jobs
         for job in ids:
@@ -210,8 +206,7 @@ class World:
         must(len(self.drivers) < MOST_DRIVERS, "one driver after the other ends with work left")
         taken = {driver.life for driver in self.drivers}
         life = next(life for life in (llmrun.Life(job, restart, number) for number in itertools.count()) if life not in taken)
-        if not self.faults.failed_again or any(
-                driver.fate.failed_again and not driver.process.dead for driver in self.drivers):
+        if any(driver.fate.failed_again and not driver.process.dead for driver in self.drivers):
             fate = fate._replace(failed_again=False)  # two such may wait for each other
         driver = Driver(self, life, self.chance.choice(self.hosts), fate)
         self.counts["lives"] += 1
@@ -227,6 +222,10 @@ class World:
             self.at(self.now + fate.drains_s, process, driver.drain)
         if fate.still:
             self.after(fate.still[0], self.stand_still, process, fate.still[1])
+
+    def stand(self, time_s):
+        """A process waits and holds up all others: what they have to do comes late."""
+        self.now += time_s
 
     def stand_still(self, process, time_s):
         if not process.dead:
@@ -546,9 +545,8 @@ class Disk:
         try:
             self.fail_to_keep(what)
         except OSError:
-            if self.world.faults.lossy:
-                file.lost = True
-                self.world.lose(file)
+            file.lost = True
+            self.world.lose(file)
             raise
         file.send(self.world.now)
 
@@ -699,7 +697,7 @@ class Driver:
         result = llmrun.Result(llmrun.Prompt(key, str(number), "", b""), status, body, {}, error, self.world.now, 1.0, 1, 0)
         self.added.append(llmrun.journal_line(result))
         self.journal.add(result)
-        self.claims.marks.settle(key, ok)
+        self.claims.settle(key, ok)
 
     def finish(self):
         allocation = types.SimpleNamespace(job=self.life.job, submitted=0)
@@ -835,7 +833,9 @@ def standing_in(world):
             opened.pop(0)
     opened, own_lines = [], llmrun.Marks.lines
     put = {"os": Here(world), "socket": types.SimpleNamespace(gethostname=lambda: world.here.host.name),
-           "process_birth": birth, "clock": lambda: world.here.time(), "open": open_seen, "write_file": lambda path, text: None,
+           "process_birth": birth, "log": lambda text: None, "clock": lambda: world.here.time(),
+           "time": types.SimpleNamespace(**{**vars(time), "sleep": world.stand}), "open": open_seen,
+           "write_file": lambda path, text: None,
            "write_results": lambda run, config, marks: world.here.driver.merge(marks)}
     kept = {name: vars(llmrun)[name] for name in put if name in vars(llmrun)}
     vars(llmrun).update(put)
@@ -856,8 +856,8 @@ def simulate(seed, trace=None, **switches):
             world.run()
             return count_all(world, check_the_end(world))
         except Exception as error:
-            what = [str(error)] if isinstance(error, Broken) else traceback.format_exception(type(error), error, error.__traceback__)
-            raise Broken(f"seed {seed}: {''.join(what)}")
+            what = str(error) if isinstance(error, Broken) else traceback.format_exc()
+            raise Broken(f"seed {seed}: {what}")
         finally:
             for task in [task for process in world.processes.values() for task in process.tasks]:
                 task.get_coro().close()  # of processes that are no more
