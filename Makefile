@@ -9,7 +9,7 @@ demo: $(VENV)/ready  ## the whole path through a fake Slurm's sbatch, in seconds
 	@$(RUN) tests/demo.py
 
 test: $(VENV)/ready  ## everything against fakes: no root, no Slurm, no network
-	$(RUN) -m pytest -q -n 2 --timeout 120 --ignore=tests/real --ignore=tests/bench tests
+	$(RUN) -m pytest -q -n 4 --dist worksteal --timeout 120 --ignore=tests/real --ignore=tests/bench tests
 
 test-real: $(VENV)/ready  ## the same scenarios on a real Slurm and a real llama.cpp (root on Debian)
 	bash tests/real/setup.sh

@@ -2887,12 +2887,12 @@ class Replica:
             self.engine.config.engine.load_timeout, f"raise [engine] load_timeout, or see {server.log}"))
         self.tell("ready", replica=self.number, load_s=round(clock() - started, 2), host=head.address, port=head.port)
 
-    async def recover(self, error):
+    async def recover(self, error, restarts=RESTARTS):
         """Start the engine again after it died, or raise the error if it dies again and again."""
         while True:
             self.deaths = [death for death in self.deaths if clock() - death < self.WITHIN_S] + [clock()]
             self.tell("engine_died", replica=self.number, why=str(error), times=len(self.deaths))
-            if len(self.deaths) > self.RESTARTS:
+            if len(self.deaths) > restarts:
                 raise error
             await self.stop()
             await asyncio.sleep(4 ** (len(self.deaths) - 1) - 1)
@@ -4086,7 +4086,7 @@ class Pump:
         except EngineFailed as error:
             if not error.killed:
                 raise
-            await replica.recover(error)
+            await replica.recover(error, restarts=1)
         while True:
             self.at_risk[replica.number] = {}
             try:
@@ -5016,7 +5016,7 @@ def join(args, run, failed_again=False, alone=True):
     Input.load(run, config, model_name(config))  # the prompts are what they were
     options = ["--array=0"] * (alone and config.slurm.jobs > 1)
     if args.set or failed_again:
-        config, _ = check_shape(other_shape(run, shape, args.set))
+        config, _ = check_shape(other_shape(run, shape, args.set, failed_again))
         shape, options = shape + 1, []
         freeze_shape(run, shape, config, script_for(config, run, shape, failed_again))
     with contextlib.suppress(FileNotFoundError):
@@ -5034,11 +5034,11 @@ def join(args, run, failed_again=False, alone=True):
     return follow(run, slurm, quiet=args.json) if args.wait else DONE
 
 
-def other_shape(run, shape, overrides):
+def other_shape(run, shape, overrides, failed_again):
     """The config of a run with other settings for its jobs; what is asked, and where answers go, is frozen."""
     data = json.loads(run.config_file(shape).read_text())
-    if overrides and not any(override.startswith("slurm.jobs") for override in overrides):
-        data["slurm"]["jobs"] = 1
+    if failed_again or not any(override.startswith("slurm.jobs") for override in overrides):
+        data["slurm"]["jobs"] = 1  # two that ask failed prompts again would each wait for what the other holds
     for override in overrides:
         if not override.startswith(("slurm.", "engine.", "environment.", "network.", "model.")):
             raise UserError(f"--set {override}", "cannot be changed for a run that was submitted",
@@ -5132,7 +5132,9 @@ def state_of(run, jobs, slurm):
     if complete and not any(life["began"] > complete[-1]["ended"] for life in going):
         going = []
     ids = {life["job"] for life in lives} | set(submitted)
-    waiting = [job for number, job in jobs.items() if number in ids and job.state in ("PENDING", "REQUEUED")]
+    latest = {life["job"]: life for life in lives}
+    waiting = [job for number, job in jobs.items() if number in ids and job.state in ("PENDING", "REQUEUED")
+               and (number not in latest or latest[number]["next"])]  # else it was waiting when Slurm was asked
     state.update(
         job=state["job"] or lives[-1]["job"], lost=[lost for life in lives for lost in life["lost"]],
         done=min(total, sum(life["answered"] for life in lives)), failed=sum(life["own_failed"] for life in lives))
@@ -5143,11 +5145,10 @@ def state_of(run, jobs, slurm):
     elif waiting or is_fresh(submits, lives, jobs):
         return dict(state, state="pending", detail=pending_words(waiting[0]) if waiting else "just submitted")
     else:
-        latest = {life["job"]: life for life in lives}.values()
-        requeued = [life for life in latest if life["next"] == "requeued" and not job_ended(jobs, life)]
+        requeued = [life for life in latest.values() if life["next"] == "requeued" and not job_ended(jobs, life)]
         if requeued:
             return dict(state, state="pending", detail=f"{requeued[0]['detail']}; it was put back into the queue")
-        last = [life for life in latest if not life["next"]] or lives[-1:]
+        last = [life for life in latest.values() if not life["next"]] or lives[-1:]
         shown = max(last, key=lambda life: life["exit_code"])
     return dict(state, **{name: shown[name] for name in ("state", "detail", "done", "failed", "exit_code")})
 

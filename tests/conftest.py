@@ -17,18 +17,20 @@ SCRIPT = TESTS.parent / "llmrun.py"
 REAL = os.environ.get("LLMRUN_BENCH") == "real"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import llmrun  # noqa: E402
+
 TINY_MODEL = "tiny.gguf"
 SOME = 40 if REAL else 20  # prompts that take a few seconds
 
 
-def wait_for(what, condition, timeout_s=30):
+def wait_for(what, condition, timeout_s=30, poll_s=0.02):
     """The value of a condition once it holds."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         value = condition()
         if value:
             return value
-        time.sleep(0.02)
+        time.sleep(poll_s)
     raise AssertionError(f"waited {timeout_s} s for {what}")
 
 
@@ -122,7 +124,9 @@ class Site:
         return self.runs()[-1]
 
     def status(self):
-        return json.loads(self.llmrun("status", self.run, "--json"))
+        """What `status --json` says, without a process for each look."""
+        run, slurm = llmrun.Run(self.run), llmrun.Slurm(self.env)
+        return llmrun.state_of(run, slurm.jobs(run.submitted()), slurm)
 
     def results(self):
         """{prompt's path: answer's text} as it stands in the results folder."""
@@ -182,7 +186,7 @@ class Site:
     def ended(self, code=0, timeout_s=90):
         """The state once the run has ended; when all is done there is one result for every prompt."""
         try:
-            wait_for("the end", lambda: self.status()["exit_code"] is not None, timeout_s)
+            wait_for("the end", lambda: self.status()["exit_code"] is not None, timeout_s, 0.3)
         except AssertionError:
             raise AssertionError(f"{self.status()}\n{self.job_output()}")
         state = self.status()
