@@ -3887,6 +3887,7 @@ class Claims:
         self.under_way = set()  # the prompts that were given out and have no result yet
         self.count = 0
         self.looked = -math.inf
+        self.claimed = []  # chunks to look at for what their owners left, the last first
         self.beat()
         self.generations = run.generations()
 
@@ -3907,7 +3908,7 @@ class Claims:
                     continue
                 if self.finished:
                     return None
-                if self.clock() - self.looked < self.LOOK_S or not self.take_over():
+                if not self.take_over():
                     return LATER
             except OSError:  # the disk has trouble, of which the journal tells
                 return LATER
@@ -3947,10 +3948,15 @@ class Claims:
         self.marks.settle(key, ok)
 
     def take_over(self):
-        """Look at what the others have done, and claim a chunk that its owner left with prompts to ask."""
-        self.look()
-        for chunk, generation in sorted(self.generations.items()):
+        """Claim a chunk that its owner left with prompts to ask: the next of those that were claimed at the last look,
+        and if that is long enough ago, at a new one."""
+        if not self.claimed and self.clock() - self.looked >= self.LOOK_S:
+            self.look()
+            self.claimed = sorted(self.generations, reverse=True)
+        while self.claimed:
+            chunk = self.claimed.pop()
             if self.open(chunk):
+                generation = self.generations[chunk]
                 owner = self.owner(chunk, generation)
                 if owner == self.life and (chunk, generation) not in self.held:
                     return self.hold(chunk, generation)  # a link that was made, though we were told of a failure

@@ -1,6 +1,7 @@
 """The bench of the scenarios: a cluster, an engine and a model, fake or (LLMRUN_BENCH=real) real, and a user
 who works there with nothing but llmrun.py in a folder."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import llmrun  # noqa: E402
 
 TINY_MODEL = "tiny.gguf"
-SOME = 40 if REAL else 20  # prompts that take a few seconds
+SOME = 40 if REAL else 14  # prompts that take a few seconds
 
 
 def wait_for(what, condition, timeout_s=30, poll_s=0.02):
@@ -169,7 +170,8 @@ class Site:
         """The process that Slurm started, and with it the driver below it."""
         parent, child = sorted(pid for pid, argv in self.processes() if "drive" in argv)
         for pid in (parent, child):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def shim(self, name, condition, *lines):
         """A site on which one of Slurm's commands behaves otherwise where the condition on its words "$*" holds."""
