@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-real lint bench chaos sbatch clean
+.PHONY: demo test test-real lint bench chaos storm sbatch clean
 
 demo: $(VENV)/ready  ## the whole path through a fake Slurm's sbatch, in seconds
 	@$(RUN) tests/demo.py
@@ -22,6 +22,9 @@ lint: $(VENV)/ready
 chaos: $(VENV)/ready  ## simulated runs by the thousand, and runs of real processes, in storms; minutes
 	$(RUN) tests/simulation.py --seeds 10000
 	$(RUN) tests/chaos.py
+
+storm: $(VENV)/ready  ## five runs of the chaos: a minute
+	$(RUN) tests/chaos.py --seeds 5
 
 bench: $(VENV)/ready  ## ratios against named alternatives, in one run
 	$(RUN) tests/bench/all.py

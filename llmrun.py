@@ -4581,10 +4581,12 @@ MAX_FRUITLESS = 3  # lives in a row that answered nothing: the next would not, e
 
 def go_on(run, config, life, allocation, shape, claims, ending):
     """(exit code, why, how it goes on): by a requeue, by a successor, or by others that are at it already."""
-    code, why = ending.code, ending.why
+    code, why, resume = ending.code, ending.why, f"`python llmrun.py resume {run.name}` goes on"
     submit = run.submits().get(allocation.submitted, {})
-    if run.stop.exists() or "shape" not in submit:  # a shell's own job, or one that its user wants to end
+    if run.stop.exists():
         return code, why, ""
+    if "shape" not in submit:  # a shell's own job, or no job at all
+        return code, f"{why}; {resume}" if ending.go_on else why, ""
     if not ending.go_on and code == WORK_LEFT:
         why, may, following = after_term(allocation)
         if not may:
@@ -4594,7 +4596,7 @@ def go_on(run, config, life, allocation, shape, claims, ending):
     if claims.all_with_others():
         return WORK_LEFT, f"{why}; the other jobs do the rest", "others"
     if not config.slurm.requeue:
-        return code, f"{why}; [slurm] requeue is off: `python llmrun.py resume {run.name}` goes on", ""
+        return code, f"{why}; [slurm] requeue is off: {resume}", ""
     if fruitless_lives(run, life) >= MAX_FRUITLESS:
         return code, f"{why}; {MAX_FRUITLESS} starts in a row answered nothing, so this was the last", ""
     slurm = Slurm(os.environ)
@@ -4602,14 +4604,16 @@ def go_on(run, config, life, allocation, shape, claims, ending):
     if not ending.without and not refused:
         return WORK_LEFT, why, "requeued"
     without = sorted({*submit.get("without", ()), *ending.without, *expand_hostlist(config.slurm.exclude)})
-    options = [f"--exclude={','.join(without)}"] * bool(without) + ["--array=0"] * (config.slurm.jobs > 1)
-    try:
-        job = job_id_in(slurm.submit(config, run.job_script(shape), "--parsable", *options))
-    except UserError as error:
-        refused = f"{refused or 'a new job was refused'} ({error.what})"
-        return code, f"{why}; {refused}: `python llmrun.py resume {run.name}` goes on", ""
-    run.record_submit(job, shape=shape, after=life, without=without)
-    return WORK_LEFT, why + (f"; Slurm would not requeue it ({refused})" if refused else ""), f"job {job}"
+    for excluded in [without, []] if ending.without else [without]:  # the last nodes there are may be those lost before
+        options = [f"--exclude={','.join(excluded)}"] * bool(excluded) + ["--array=0"] * (config.slurm.jobs > 1)
+        try:
+            job = job_id_in(slurm.submit(config, run.job_script(shape), "--parsable", *options))
+        except UserError as error:
+            failed = f"{refused or 'a new job was refused'} ({error.what})"
+            continue
+        run.record_submit(job, shape=shape, after=life, without=excluded)
+        return WORK_LEFT, why + (f"; Slurm would not requeue it ({refused})" if refused else ""), f"job {job}"
+    return code, f"{why}; {failed}: {resume}", ""
 
 
 def after_term(allocation):

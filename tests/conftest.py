@@ -256,3 +256,33 @@ def site_on(tmp_path, engine):
             site.assert_nothing_left(20)
         finally:
             site.cluster.stop()
+
+
+class NoSlurm:
+    """This machine alone."""
+
+    nodes = []
+
+    def __init__(self, folder):
+        self.folder, self.env = str(folder), {"PATH": os.environ["PATH"]}
+
+    def processes(self):
+        found = []
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{pid}/cmdline") as file:
+                    argv = file.read().split("\0")
+            except OSError:
+                continue
+            if self.folder in " ".join(argv) and int(pid) != os.getpid():
+                found.append((int(pid), "", argv))
+        return found
+
+
+@pytest.fixture
+def here(tmp_path, engine):
+    """A user on a machine that has no Slurm."""
+    site = Site(tmp_path, NoSlurm(tmp_path), engine)
+    site.config()
+    yield site
+    site.assert_nothing_left(10)

@@ -68,31 +68,6 @@ def test_limits_that_slurm_refuses_itself_are_told_the_same_way(tmp_path, engine
 # ── here, without Slurm ────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def here(tmp_path, engine):
-    """A user on a machine that has no Slurm."""
-    class NoSlurm:
-        env = {"PATH": os.pathsep.join(os.environ["PATH"].split(os.pathsep))}
-        nodes = []
-
-        @staticmethod
-        def processes():
-            found = []
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                try:
-                    with open(f"/proc/{pid}/cmdline") as file:
-                        argv = file.read().split("\0")
-                except OSError:
-                    continue
-                if str(tmp_path) in " ".join(argv) and int(pid) != os.getpid():
-                    found.append((int(pid), "", argv))
-            return found
-    site = Site(tmp_path, NoSlurm, engine)
-    site.config()
-    yield site
-    site.assert_nothing_left(10)
-
-
 def test_run_answers_here_over_agents_that_stand_for_nodes(here):
     here.config(slurm={"nodes": 3})
     here.llmrun("run", "config.json")

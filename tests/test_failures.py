@@ -203,34 +203,10 @@ def test_the_nodes_that_a_model_takes_are_counted(monkeypatch, nodes, node_bytes
 # ── made to happen ─────────────────────────────────────────────────────────────
 
 
-class NoSlurm:
-    """This machine alone."""
-
-    nodes = []
-
-    def __init__(self, folder):
-        self.folder, self.env = str(folder), {}
-
-    def processes(self):
-        found = []
-        for pid in filter(str.isdigit, os.listdir("/proc")):
-            try:
-                with open(f"/proc/{pid}/cmdline") as file:
-                    argv = file.read().split("\0")
-            except OSError:
-                continue
-            if self.folder in " ".join(argv) and int(pid) != os.getpid():
-                found.append((int(pid), "", argv))
-        return found
-
-
 @pytest.fixture
-def here(tmp_path, engine):
-    site = Site(tmp_path, NoSlurm(tmp_path), engine)
-    site.write_prompts(1)
-    site.config()
-    yield site
-    site.assert_nothing_left(10)
+def here(here):
+    here.write_prompts(1)
+    return here
 
 
 def told(here, *words, env=None, **tables):
