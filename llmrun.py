@@ -166,10 +166,16 @@ def read_lines(path):
 
 
 def read_json_lines(path):
-    """The objects of a JSONL file; a line torn by a crash and written over is left out."""
-    for line in read_lines(path):
+    return parse_lines(read_lines(path))
+
+
+def parse_lines(lines):
+    """The objects of JSONL; a line torn by a crash and written over is left out."""
+    objects = []
+    for line in lines:
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            objects.append(json.loads(line))
+    return objects
 
 
 decode_json = json.JSONDecoder().raw_decode
@@ -1413,6 +1419,7 @@ class Run:
     def __init__(self, folder, disk=None):
         self.folder, self.disk = Path(folder), disk or Disk()
         self.claims = self.folder / "claims"
+        self.ended = {}  # the events of lives that are over, which change no more
         self.stop = self.folder / "stop"
         self.script = self.folder / "llmrun.py"
         self.key_file = self.folder / "key"
@@ -1466,14 +1473,20 @@ class Run:
 
     def lives(self):
         """All lives so far, in the order in which they began to write."""
-        found = [(Life.of_file(path), path) for path in (self.folder / "events").glob("*.jsonl")]
-        starts = [(next(read_json_lines(path), {}).get("time", math.inf), life) for life, path in found if life]
-        return [life for begun, life in sorted(starts) if begun != math.inf]  # one without a first event has not begun
+        found = [Life.of_file(path) for path in (self.folder / "events").glob("*.jsonl")]
+        events = {life: self.events(life) for life in found if life}
+        return sorted((life for life in events if events[life]), key=lambda life: (events[life][0]["time"], life))
 
     def events(self, life):
-        """The first event of a life and its latest; a long life has more between them than anyone asks for."""
-        lines = list(read_json_lines(self.events_file(life)))
-        return lines[:1] + lines[1:][-400:]
+        """What happened in a life; of its progress, which a long life tells by the thousand, the last word."""
+        if life in self.ended:
+            return self.ended[life]
+        lines = read_lines(self.events_file(life))
+        told = [line for line in lines if b'"event": "progress"' in line]
+        events = parse_lines(line for line in lines if b'"event": "progress"' not in line or line is told[-1])
+        if events and events[-1]["event"] == "end":
+            self.ended[life] = events
+        return events
 
     def progress(self, life):
         """A life's last word on its counts."""
