@@ -135,8 +135,8 @@ def test_an_array_shares_the_prompts(site):
     site.write_prompts(10)
     site.config(slurm={"jobs": 3})
     site.llmrun("submit", "config.json", "--wait")
-    assert sum(event["event"] == "end" for event in site.events()) == 3, "--wait waits for the last task"
     assert site.status()["done"] == 10
+    assert all(end["code"] == 0 for end in site.ends()), "who finds all done ends well, too"
     site.llmrun("results")
     assert len(site.results()) == 10
     assert len(site.journal()) == 10, "no prompt was asked by two tasks"
