@@ -229,9 +229,26 @@ def told(here, *words, env=None, **tables):
     ("illegal-start", ["instructions.*CPU does not have", "GGML_NATIVE=OFF"]),
     ("killed", ["killed it, most likely for memory", r"\[slurm\] mem"]),
     ("segv", ["crashed", r"\[engine\] path"]),
+    ("bus", ["cut short", r"\[model\] path"]),
+    ("glibc", ["shared library is missing on the node, or too old", r"\[environment\] modules"]),
 ])
 def test_an_engine_that_dies_at_its_start(here, death, words):
     told(here, *words, env={"FAKE_LLAMA_DIES": death})
+
+
+@pytest.mark.parametrize("line, words", [
+    ("ggml_cuda_init: failed to initialize CUDA: CUDA driver version is insufficient for CUDA runtime version",
+     ["newer driver than the node has", r"\[environment\] modules"]),
+    ("llama_init_from_model: failed to initialize the context: n_seq_max must be <= 64", ["fewer slots", r"\[engine\] slots"]),
+    ("gguf_init_from_file: failed to open GGUF file '/models/m.gguf'", ["cannot read the whole model", r"\[model\] path"]),
+    ('error while handling argument "--threads": stoi', ["does not take an argument's value", r"\[engine\] args"]),
+    ("error: invalid argument: --rpc", ["lacks RPC", "-DGGML_RPC=ON"]),
+    ("ROCm error: out of memory", ["out of memory on a GPU while it worked", r"\[engine\] slots"]),
+    ("ggml_vulkan: Device memory allocation of size 41921519616 failed. vk::Device::allocateMemory: ErrorOutOfDeviceMemory",
+     ["does not fit", r"\[engine\] slots"]),
+    ("llama_kv_cache: failed to allocate buffer for kv cache", ["does not fit", r"\[engine\] slots"])])
+def test_an_engine_that_ends_with_such_words(here, line, words):
+    told(here, *words, env={"FAKE_LLAMA_LOAD_FAIL": line})
 
 
 def test_a_model_that_does_not_fit_names_the_number_of_nodes_it_takes(here):
