@@ -490,7 +490,8 @@ class SlurmConfig:
     max_running: int = key(0, number_between(0, 1000), "How many of them may run at the same time; 0 is all.")
     requeue: bool = key(True, FLAG, "Go on by itself when the time limit, a preemption or a lost node ends the job "
                         "with work left: the same job once more, or a new one.")
-    grace: float = key(120.0, DURATION, "How long before the time limit to stop asking new prompts.")
+    grace: float = key(120.0, DURATION, "How long before the time limit Slurm warns the driver. Prompts that can "
+                       "still end before the limit are asked.")
     join_timeout: float = key(120.0, DURATION, "How long a node may take to answer at the start of the job. Then "
                               "it goes on without it, where replicas allow that, or another job does.")
     output: str = key("", PATH, "The job's own output; by default slurm-JOB.out in the run's logs. "
@@ -4210,11 +4211,13 @@ class Pump:
             delay = max(reply.wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.later(delay, prompt, attempts)
             return
+        self.conclude(replica, prompt, attempts, reply, began)
+
+    def conclude(self, replica, prompt, attempts, reply, began):
         self.unfinished -= 1
-        self.finish(Result(prompt, reply.status, reply.body, reply.answer, reply.error, began + CLOCK_TO_DATE, took,
-                           attempts, replica.number))
-        if self.finished or self.waiting:
-            self.wake_all()
+        self.finish(Result(prompt, reply.status, reply.body, reply.answer, reply.error, began + CLOCK_TO_DATE,
+                           clock() - began, attempts, replica.number))
+        self.wake_all()
 
     def later(self, delay_s, prompt, attempts):
         """Ask once more after a while; the slot is free meanwhile."""
@@ -4242,9 +4245,7 @@ class Pump:
             prompt, attempts, began = culprit
             replica.forgive()
             error = {"code": "engine_died", "message": "in flight when the engine died, also when it was asked alone"}
-            self.unfinished -= 1
-            self.finish(Result(prompt, 0, b"", {}, error, began + CLOCK_TO_DATE, clock() - began, attempts + 1,
-                               replica.number))
+            self.conclude(replica, prompt, attempts + 1, Reply(0, error=error), began)
         suspected = {key for key, broke in self.at_risk[replica.number].items() if broke > since}
         self.deaths.update(suspected)
         suspected = {key for key in suspected if self.deaths[key] >= 2}
@@ -4698,14 +4699,12 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
                 tell("answered", done=claims.marks.count(Marks.DONE), failed=claims.marks.count(Marks.FAILED))
     except asyncio.CancelledError:
         return orders.ending
-    except NodeLost as error:
+    except ClusterError as error:
         if await orders.meant_to_end():
             return orders.ending or Ending(WORK_LEFT, "told to end (SIGTERM)")
+        if not isinstance(error, NodeLost):
+            raise
         return Ending(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
-    except ClusterError:
-        if await orders.meant_to_end():
-            return orders.ending or Ending(WORK_LEFT, "told to end (SIGTERM)")
-        raise
     return orders.drained
 
 
@@ -4954,8 +4953,7 @@ def command_init(args):
 def command_check(args):
     prepared = prepare(args.config, args.set)
     config, answers = prepared.config, {}
-    answers["script"] = job_script(config, config.slurm.nodes, config.slurm.output or "RUN/logs/slurm-%j.out",
-                                   frozen_command("RUN", "drive", "RUN"), sys.executable)
+    answers["script"] = script_for(config, Run("RUN"))
     if shutil.which("sbatch"):
         slurm = Slurm(os.environ)
         check_partition(config, slurm.partitions(), config.slurm.nodes)
@@ -5006,8 +5004,7 @@ def command_submit(args):
     prepared = prepare(args.config, args.set)
     config = prepared.config
     if args.dry_run:
-        say(job_script(config, config.slurm.nodes, config.slurm.output or "RUN/logs/slurm-%j.out",
-                       frozen_command("RUN", "drive", "RUN"), sys.executable))
+        say(script_for(config, Run("RUN")))
         return DONE
     slurm = Slurm(os.environ)
     check_partition(config, slurm.partitions(), config.slurm.nodes)
