@@ -1737,32 +1737,41 @@ class Unreachable(WireError):
     """There is no connection: nothing was asked."""
 
 
-class Message(NamedTuple):
-    """A whole HTTP request or response."""
-
-    start: str
-    headers: Dict[str, str]
-    body: bytes
-
-    @property
-    def status(self):
-        return int(self.start.split(" ", 2)[1])
-
-    def json(self):
-        return json.loads(self.body)
-
-
 MAX_HEAD_BYTES = 2**16
 MAX_BODY_BYTES = 2**28
 
 
 class Head(NamedTuple):
-    """The head of a message, and what it says of the body."""
+    """The head of a message, and what it says of the body and of the connection."""
 
     start: str
     headers: Dict[str, str]
+    status: int  # 0 in a request
     chunked: bool
     length: Optional[int]  # None: up to the end of the connection
+    closes: bool
+
+
+class Message(NamedTuple):
+    """A whole HTTP request or response."""
+
+    head: Head
+    body: bytes
+
+    @property
+    def status(self):
+        return self.head.status
+
+    @property
+    def headers(self):
+        return self.head.headers
+
+    @property
+    def path(self):
+        return self.head.start.split(" ")[1]
+
+    def json(self):
+        return json.loads(self.body)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1780,8 +1789,10 @@ def parse_head(data, response):
     text = headers.get("content-length")
     if text is not None and (not (text.isascii() and text.isdigit()) or int(text) > MAX_BODY_BYTES):
         raise WireError(f"content-length {text[:20]!r}")
-    length = int(text) if text is not None else None if response and start[9:12] not in ("204", "304") else 0
-    return Head(start, headers, headers.get("transfer-encoding", "").lower() == "chunked", length)
+    status = int(start[9:12]) if response else 0
+    length = int(text) if text is not None else None if response and status not in (204, 304) else 0
+    return Head(start, headers, status, headers.get("transfer-encoding", "").lower() == "chunked", length,
+                headers.get("connection", "").lower() == "close")
 
 
 class MessageReader:
@@ -1802,7 +1813,7 @@ class MessageReader:
                 self.rest = data
                 return None
             head, data = parse_head(data[:end], self.response), data[end + 4:]
-            if not self.response or head.start[9:10] != "1":  # 100 Continue and its like stand before the real answer
+            if head.status // 100 != 1:  # 100 Continue and its like stand before the real answer
                 self.head = head
         if self.head.chunked:
             return self.feed_chunks(data)
@@ -1854,7 +1865,7 @@ class MessageReader:
         return None
 
     def whole(self, body, rest):
-        message = Message(self.head.start, self.head.headers, body)
+        message = Message(self.head, body)
         self.head, self.rest = None, rest
         if self.body:
             self.body = bytearray()
@@ -1864,23 +1875,22 @@ class MessageReader:
 class Connection(asyncio.Protocol):
     """One connection of a client; it carries one request at a time."""
 
-    def __init__(self, siblings):
-        self.siblings = siblings
-        self.reader = MessageReader(response=True)
-        self.transport = self.answer = None
-        self.heard = False
+    def __init__(self, client):
+        self.client, self.reader = client, MessageReader(response=True)
+        self.transport = self.request = self.then = None
+        self.reused = self.heard = False
         self.deadline = self.limit = math.inf  # of the silence just now; of the whole request
 
     def connection_made(self, transport):
         self.transport = transport
-        self.siblings.add(self)
+        self.client.all.add(self)
 
-    def expect(self, answer, deadline):
-        self.answer, self.heard, self.deadline, self.limit = answer, False, deadline, deadline
+    def expect(self, request, limit, then):
+        self.request, self.then, self.heard, self.deadline, self.limit = request, then, False, limit, limit
 
     def data_received(self, data):
         self.heard = True
-        if self.answer is None:  # nobody asked
+        if self.then is None:  # nobody asked
             self.transport.abort()
             return
         try:
@@ -1894,30 +1904,31 @@ class Connection(asyncio.Protocol):
             self.deadline = min(self.limit, clock() + IDLE_TIMEOUT_S)
 
     def finish(self, message):
-        answer, self.answer, self.deadline = self.answer, None, math.inf
-        if self.reader.rest or message.headers.get("connection", "").lower() == "close":
+        then, self.then, self.deadline = self.then, None, math.inf
+        if self.reader.rest or message.head.closes:
             self.transport.abort()
-        if not answer.done():
-            answer.set_result(message)
+        else:
+            self.reused = True
+            self.client.idle.append(self)
+        then(message)
 
     def fail(self, error):
-        answer, self.answer = self.answer, None
+        """End; the request goes to another connection where the server closed one that rested, and to nobody else."""
+        then, self.then = self.then, None
         self.transport.abort()
-        if answer and not answer.done():
-            answer.set_exception(error)
+        if then and self.reused and not self.heard and not self.client.closed and clock() < self.limit:
+            self.client.send(self.request, self.limit, then)
+        elif then:
+            then(error)
 
     def eof_received(self):
-        message = self.reader.ended() if self.answer else None
+        message = self.reader.ended() if self.then else None
         if message:
             self.finish(message)
 
     def connection_lost(self, error):
-        self.siblings.discard(self)
+        self.client.all.discard(self)
         self.fail(WireError(f"the connection broke: {error or 'closed by the server'}"))
-
-    @property
-    def usable(self):
-        return not self.transport.is_closing()
 
 
 CONNECT_TIMEOUT_S = 10.0
@@ -1929,8 +1940,9 @@ class Client:
 
     def __init__(self, host, port, key=""):
         self.host, self.port = host, port
-        self.idle, self.all = [], set()
-        self.outbox = []  # (connection, request) pairs of this turn of the loop
+        self.idle, self.all, self.openings = [], set(), set()
+        self.outbox = []  # connections with a request to send at the end of this turn of the loop
+        self.closed = False
         authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self.common = f" HTTP/1.1\r\nHost: {authority}\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "")
         self.heads = {}  # (method, path) → the beginning of such a request
@@ -1938,64 +1950,56 @@ class Client:
 
     async def request(self, method, path, body=b"", timeout_s=60.0):
         """The answer to one request; WireError when there is none within the time."""
+        answer = asyncio.get_running_loop().create_future()
+        self.ask(method, path, body, timeout_s, lambda outcome: answer.done() or answer.set_result(outcome))
+        outcome = await answer
+        if isinstance(outcome, WireError):
+            raise outcome
+        return outcome
+
+    def ask(self, method, path, body, timeout_s, then):
+        """Send a request; `then` is called once, with the Message or with the WireError that came in its place."""
         head = self.heads.get((method, path))
         if head is None:
             head = f"{method} {path}{self.common}Content-Type: application/json\r\nContent-Length: ".encode()
             self.heads[method, path] = head
-        request = b"%b%d\r\n\r\n%b" % (head, len(body), body)
-        deadline = clock() + timeout_s
-        while True:
-            connection = self.take_idle()
-            reused = connection is not None
-            connection = connection or await self.connect()
-            try:
-                message = await self.send(connection, request, deadline)
-            except WireError:
-                if reused and not connection.heard and clock() < deadline:
-                    continue  # a server may close a connection that rests; nothing was answered, so ask again
-                raise
-            except asyncio.CancelledError:
-                connection.transport.abort()
-                raise
-            if connection.usable:
-                self.idle.append(connection)
-            return message
+        self.send(b"%b%d\r\n\r\n%b" % (head, len(body), body), clock() + timeout_s, then)
 
-    def send(self, connection, request, deadline):
-        """A future of the answer.
+    def send(self, request, limit, then):
+        while self.idle:
+            connection = self.idle.pop()
+            if not connection.transport.is_closing():
+                return self.post(connection, request, limit, then)
+        opening = asyncio.ensure_future(self.open(request, limit, then))
+        self.openings.add(opening)
+        opening.add_done_callback(self.openings.discard)
 
-        Requests leave together at the end of the loop's turn: sent one by one, each would have to wake a
+    def post(self, connection, request, limit, then):
+        """Requests leave together at the end of the loop's turn: sent one by one, each would have to wake a
         server that had just gone to sleep (15 % slower, measured against nginx on another core)."""
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
-        connection.expect(answer, deadline)
+        connection.expect(request, limit, then)
         if not self.outbox:
-            loop.call_soon(self.flush)
-        self.outbox.append((connection, request))
-        return answer
+            asyncio.get_running_loop().call_soon(self.flush)
+        self.outbox.append(connection)
 
     def flush(self):
         outbox, self.outbox = self.outbox, []
-        for connection, request in outbox:
-            connection.transport.write(request)
+        for connection in outbox:
+            connection.transport.write(connection.request)
 
-    def take_idle(self):
-        while self.idle:
-            connection = self.idle.pop()
-            if connection.usable:
-                return connection
-        return None
-
-    async def connect(self):
+    async def open(self, request, limit, then):
+        """Send it over a new connection."""
         loop = asyncio.get_running_loop()
-        opening = loop.create_connection(lambda: Connection(self.all), self.host, self.port)
+        opening = loop.create_connection(lambda: Connection(self), self.host, self.port)
         try:
             _, connection = await within(CONNECT_TIMEOUT_S, opening)
         except (OSError, asyncio.TimeoutError) as error:
-            raise Unreachable(f"cannot connect to {self.host} port {self.port}: {error or 'no answer'}")
+            return then(Unreachable(f"cannot connect to {self.host} port {self.port}: {error or 'no answer'}"))
         if self.sweeping is None:
             self.sweeping = loop.call_later(1.0, self.sweep)
-        return connection
+        self.post(connection, request, limit, then)
+        if self.closed:
+            connection.transport.abort()
 
     def sweep(self):
         """One timer for all connections: a timer for each request would cost more than the request."""
@@ -2007,6 +2011,7 @@ class Client:
 
     def close(self):
         """Close every connection at once; requests under way end with a WireError."""
+        self.closed = True
         for connection in self.all:
             connection.transport.abort()
         self.idle = []
@@ -2660,13 +2665,12 @@ async def echo_server(host, port, key_file, delay_s=0.0):
     key = f"Bearer {Path(key_file).read_text().strip()}"
 
     async def answer(request):
-        path = request.start.split(" ")[1]
-        if path == "/health":
+        if request.path == "/health":
             return http_response(200, {"status": "ok"})
         if request.headers.get("authorization") != key:
             return http_response(401, {"error": {"message": "wrong key", "code": 401}})
-        if path != "/v1/chat/completions":
-            return http_response(404, {"error": {"message": f"no {path} here", "code": 404}})
+        if request.path != "/v1/chat/completions":
+            return http_response(404, {"error": {"message": f"no {request.path} here", "code": 404}})
         await asyncio.sleep(delay_s)
         body = request.json()
         said = str(body["messages"][-1].get("content", ""))
@@ -4047,35 +4051,69 @@ class Reply(NamedTuple):
     """What came of one attempt at a prompt."""
 
     status: int
-    body: bytes = b""
-    answer: Dict[str, Any] = {}
+    body: bytes = b""  # one line of JSON
+    answer: Dict[str, Any] = {}  # the same, read
     error: Optional[Dict[str, str]] = None
     wait_s: float = 0.0  # how long the engine wants to be left alone
+
+
+class Desk:
+    """What one replica is asked just now, and what came back since the pump looked."""
+
+    UNREACHABLE_PAUSE_S = 0.05
+
+    def __init__(self, replica):
+        self.replica = replica
+        self.under_way = {}  # key → (prompt, attempts so far, when it was asked)
+        self.broken = {}  # key → when its connection broke, unless it was answered since
+        self.alone = None  # the same of a suspect, which is asked alone
+        self.came = []  # (key, Message or WireError)
+        self.turn = asyncio.Event()
+
+    def ask(self, prompt, attempts, began, timeout_s):
+        self.under_way[prompt.key] = prompt, attempts, began
+        self.replica.client.ask("POST", prompt.url, prompt.body, timeout_s, functools.partial(self.put, prompt.key))
+
+    def put(self, key, outcome):
+        if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
+            asyncio.get_running_loop().call_later(self.UNREACHABLE_PAUSE_S, self.deliver, key, outcome)
+        else:
+            self.deliver(key, outcome)
+
+    def deliver(self, key, outcome):
+        self.came.append((key, outcome))
+        self.turn.set()
+
+    def take(self):
+        came, self.came = self.came, []
+        self.turn.clear()
+        return came
 
 
 class Pump:
     """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop.
 
     A replica takes its next prompt when it has room, so a faster one takes more; no other balance is needed.
+    All that came back in one turn of the loop is settled together, and all that there is room for is asked
+    together: a task or a future for each prompt would cost as much as the rest of its way.
     `next_number()` gives a prompt's number, LATER, or None for ever."""
 
+    HELD_PAUSE_S = 0.05
     DEATH_NOTICE_S = 3.0  # a broken connection is known so much sooner than its engine's death
     DEATH_PAUSE_S = 2.0  # an engine that ended because its job does is no crash: that is known by then
 
     def __init__(self, next_number, read, finish, ends_at, held=lambda: ""):
         self.next_number, self.read, self.finish = next_number, read, finish
         self.ends_at, self.held = ends_at, held
+        self.desks = {}  # replica → its desk
         self.again = collections.deque()  # (prompt, attempts so far) to ask once more
         self.timers = {}  # key → (timer, prompt, attempts) of those whose time to be asked once more has not come
-        self.waiting = collections.deque()  # workers with nothing to do while others' prompts may come back
         self.unfinished = 0  # taken from the input and not finished
         self.exhausted = self.draining = False
         self.first_sent = None
         self.usual_s = 0.0  # how long a prompt takes: a moving average of the answered ones
-        self.at_risk = {}  # replica → {key: since when}: under way there, or its connection broke a moment ago
         self.deaths = collections.Counter()  # key → how many engines died while it was under way
         self.suspects = collections.deque()  # (prompt, attempts) to ask alone: two engines died with it under way
-        self.alone = {}  # replica → the suspect that it is asked
 
     async def run(self, pairs):
         """Work with each replica from the moment it is ready; fails when the last one has."""
@@ -4108,13 +4146,15 @@ class Pump:
                 raise
             await replica.recover(error, restarts=1)
         while True:
-            self.at_risk[replica.number] = {}
+            desk = self.desks[replica.number] = Desk(replica)
             try:
-                return await replica.unless_failed(self.serve(replica))
+                return await replica.unless_failed(self.serve(desk))
             except EngineFailed as error:
                 since = clock() - self.DEATH_NOTICE_S
                 await asyncio.sleep(self.DEATH_PAUSE_S)
-                self.blame(replica, since)
+                self.blame(desk, since)
+                if self.finished:
+                    return
                 try:
                     await replica.recover(error)
                 except ClusterError:
@@ -4123,29 +4163,39 @@ class Pump:
                     self.wake_all()
                     raise
 
-    async def serve(self, replica):
-        while self.suspects:
-            await self.ask_alone(replica, *self.suspects.popleft())
-        await first_failure(*(self.worker(replica) for _ in range(replica.engine.in_flight)))
+    def time_left(self):
+        """How long a prompt that is asked now may take."""
+        return min(self.ends_at - LAST_MOMENTS_S - clock(), FOR_EVER_S)
 
-    async def worker(self, replica):
-        while True:
-            while self.held():  # results cannot be written just now: ask nothing that could be lost
-                await asyncio.sleep(0.05)
+    async def serve(self, desk):
+        while self.suspects:
+            await self.ask_alone(desk, *self.suspects.popleft())
+        try:
+            self.fill(desk)
+            while not self.finished:
+                await desk.turn.wait()
+                self.settle_all(desk)
+                self.fill(desk)
+        finally:
+            self.leave(desk)
+
+    def fill(self, desk):
+        """Ask as many prompts as there is room for; none whose result could not be written."""
+        now, time_left = clock(), self.time_left()
+        if self.usual_s > time_left and not self.draining:
+            self.drain()
+        if self.held():
+            asyncio.get_running_loop().call_later(self.HELD_PAUSE_S, desk.turn.set)
+            return
+        for _ in range(desk.replica.engine.in_flight - len(desk.under_way)):
             taken = self.take()
             if taken is None:
-                if self.finished:
-                    return self.wake_all()
-                turn = asyncio.get_running_loop().create_future()
-                self.waiting.append(turn)
-                await turn
-            else:
-                await self.ask(replica, *taken)
+                return
+            self.first_sent = self.first_sent or now
+            desk.ask(*taken, now, time_left)
 
     def take(self):
         """The next prompt and its attempts so far, or None when there is none just now."""
-        if clock() + self.usual_s > self.ends_at - LAST_MOMENTS_S and not self.draining:
-            self.drain()
         if self.again:
             return self.again.popleft()
         if self.exhausted or self.draining:
@@ -4158,11 +4208,29 @@ class Pump:
         self.unfinished += 1
         return self.read(number), 0
 
+    def settle_all(self, desk):
+        for key, outcome in desk.take():
+            prompt, attempts, began = desk.under_way.pop(key)
+            if isinstance(outcome, Unreachable):  # nothing was asked
+                self.put_back(prompt, attempts)
+                continue
+            if isinstance(outcome, WireError):
+                desk.broken[key] = clock()
+            elif desk.broken:
+                desk.broken.pop(key, None)
+            self.settle(desk, prompt, attempts + 1, reply_of(outcome), began)
+
+    def leave(self, desk):
+        """What is under way goes back: its replica failed, or the run is stopping, and it was not answered."""
+        self.settle_all(desk)
+        for prompt, attempts, _ in desk.under_way.values():
+            self.put_back(prompt, attempts)
+        desk.broken.update(dict.fromkeys(desk.under_way, math.inf))
+        self.wake_all()
+
     def wake_all(self):
-        while self.waiting:
-            turn = self.waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
+        for desk in self.desks.values():
+            desk.turn.set()
 
     def put_back(self, prompt, attempts):
         if self.draining:
@@ -4171,53 +4239,21 @@ class Pump:
             self.again.append((prompt, attempts))
         self.wake_all()
 
-    async def ask(self, replica, prompt, attempts):
-        """One attempt at a prompt: a result, or another attempt later."""
-        began, risked = clock(), self.at_risk[replica.number]
-        risked[prompt.key] = math.inf
-        try:
-            reply = await self.attempt(replica, prompt, began)
-        except asyncio.CancelledError:
-            self.put_back(prompt, attempts)  # its replica failed, or the run is stopping: it was not answered
-            raise
-        except Unreachable:
-            del risked[prompt.key]
-            self.put_back(prompt, attempts)  # nothing was asked: the engine may be about to end, or overrun
-            return await asyncio.sleep(0.05)
-        if reply.status or reply.error["code"] != "connection":
-            del risked[prompt.key]
-        else:
-            risked[prompt.key] = clock()
-        self.settle(replica, prompt, attempts + 1, reply, began)
-
-    async def attempt(self, replica, prompt, began):
-        self.first_sent = self.first_sent or began
-        try:
-            message = await replica.client.request("POST", prompt.url, prompt.body,
-                                                   min(self.ends_at - LAST_MOMENTS_S - began, FOR_EVER_S))
-        except Unreachable:
-            raise
-        except WireError as broken:
-            return Reply(0, error={"code": "connection", "message": str(broken)})
-        status, body, answer, error = judge(message)
-        return Reply(status, body, answer, error, 0.0 if status == 200 else retry_after(message.headers))
-
-    def settle(self, replica, prompt, attempts, reply, began):
+    def settle(self, desk, prompt, attempts, reply, began):
         """Make a result of a reply, or ask once more where that may help."""
-        took = clock() - began
         if reply.status == 200:
+            took = clock() - began
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
         elif can_pass(reply.status, reply.answer) and (attempts < MAX_ATTEMPTS or self.draining):
             delay = max(reply.wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.later(delay, prompt, attempts)
             return
-        self.conclude(replica, prompt, attempts, reply, began)
+        self.conclude(desk, prompt, attempts, reply, began)
 
-    def conclude(self, replica, prompt, attempts, reply, began):
+    def conclude(self, desk, prompt, attempts, reply, began):
         self.unfinished -= 1
         self.finish(Result(prompt, reply.status, reply.body, reply.answer, reply.error, began + CLOCK_TO_DATE,
-                           clock() - began, attempts, replica.number))
-        self.wake_all()
+                           clock() - began, attempts, desk.replica.number))
 
     def later(self, delay_s, prompt, attempts):
         """Ask once more after a while; the slot is free meanwhile."""
@@ -4238,15 +4274,14 @@ class Pump:
             left.clear()
         self.wake_all()
 
-    def blame(self, replica, since):
+    def blame(self, desk, since):
         """An engine died. What was under way in two such deaths is asked alone, which tells the one from the others."""
-        culprit = self.alone.pop(replica.number, None)
-        if culprit:
-            prompt, attempts, began = culprit
-            replica.forgive()
+        if desk.alone:
+            prompt, attempts, began = desk.alone
+            desk.replica.forgive()
             error = {"code": "engine_died", "message": "in flight when the engine died, also when it was asked alone"}
-            self.conclude(replica, prompt, attempts + 1, Reply(0, error=error), began)
-        suspected = {key for key, broke in self.at_risk[replica.number].items() if broke > since}
+            self.conclude(desk, prompt, attempts + 1, Reply(0, error=error), began)
+        suspected = {key for key, broke in desk.broken.items() if broke > since}
         self.deaths.update(suspected)
         suspected = {key for key in suspected if self.deaths[key] >= 2}
         for key in suspected & set(self.timers):
@@ -4256,18 +4291,19 @@ class Pump:
         self.suspects.extend(item for item in self.again if item[0].key in suspected)
         self.again = collections.deque(item for item in self.again if item[0].key not in suspected)
 
-    async def ask_alone(self, replica, prompt, attempts):
+    async def ask_alone(self, desk, prompt, attempts):
         """Ask a suspect while nothing else is under way at this replica."""
         began = clock()
-        self.alone[replica.number] = prompt, attempts, began
+        desk.alone = prompt, attempts, began
         try:
-            reply = await self.attempt(replica, prompt, began)
-        except Unreachable as broken:
-            reply = Reply(0, error={"code": "connection", "message": str(broken)})
+            outcome = await desk.replica.client.request("POST", prompt.url, prompt.body, self.time_left())
+        except WireError as broken:
+            outcome = broken
+        reply = reply_of(outcome)
         if not reply.status:
             await asyncio.sleep(self.DEATH_NOTICE_S)
-        del self.alone[replica.number]
-        self.settle(replica, prompt, attempts + 1, reply, began)
+        desk.alone = None
+        self.settle(desk, prompt, attempts + 1, reply, began)
 
 
 def can_pass(status, answer):
@@ -4277,15 +4313,17 @@ def can_pass(status, answer):
     return not status or status in RETRY_STATUS or status >= 500
 
 
-def judge(message):
-    """(status, body, answer, error): the body as one line of JSON, and read; an error where there is no answer."""
-    status, body = message.status, message.body
-    if message.headers.get("content-type", "").startswith("text/event-stream"):
+def reply_of(outcome):
+    """What a Message or a WireError means for its prompt; an error where there is no answer."""
+    if isinstance(outcome, WireError):
+        return Reply(0, error={"code": "connection", "message": str(outcome)})
+    (_, headers, status, _, _, _), body = outcome
+    if headers.get("content-type", "").startswith("text/event-stream"):
         try:
             answer = assemble_stream(body)
         except ValueError as broken:
-            return 0, b"", {}, {"code": "stream", "message": str(broken)}
-        return status, json.dumps(answer, ensure_ascii=False).encode(), answer, None
+            return Reply(0, error={"code": "stream", "message": str(broken)})
+        return Reply(status, json.dumps(answer, ensure_ascii=False).encode(), answer, None, retry_after(headers))
     try:
         answer = read_json(body)
         if not isinstance(answer, dict):
@@ -4293,12 +4331,12 @@ def judge(message):
     except ValueError:
         text = body[:500].decode("utf-8", "replace")
         if status == 200:
-            return 0, b"", {}, {"code": "not_json", "message": f"the engine's answer is not JSON: {text}"}
+            return Reply(0, error={"code": "not_json", "message": f"the engine's answer is not JSON: {text}"})
         answer = {"error": {"message": text}}
-        return status, json.dumps(answer).encode(), answer, None
+        return Reply(status, json.dumps(answer).encode(), answer, None, retry_after(headers))
     if b"\n" in body:
         body = json.dumps(answer, ensure_ascii=False).encode()
-    return status, body, answer, None
+    return Reply(status, body, answer, None, retry_after(headers))
 
 
 def assemble_stream(data):
@@ -4333,8 +4371,8 @@ def assemble_stream(data):
 
 
 def retry_after(headers):
-    text = headers.get("retry-after", "")
-    return min(float(text), 120.0) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
+    text = headers.get("retry-after")
+    return min(float(text), 120.0) if text and re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 
 
 # ═══════════════════════════════════════════════════════════════════════════════

@@ -257,24 +257,24 @@ def test_draining_does_not_wait_for_those_to_be_asked_again():
 
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+STREAM_HEAD = llmrun.parse_head(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream", True)
 PIECES = b'data: {"id":"x","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n' \
          b': ping\n\ndata: {"choices":[{"index":0,"delta":{"content":"Hel"}}]}\n\ndata: {"choices":[{"index":0,"delta":{"content":"lo"}}]}\n\n' \
          b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: {"choices":[],"usage":{"completion_tokens":2}}\n\n'
 
 
 def test_a_stream_is_put_together_like_an_answer_that_came_whole():
-    status, body, read_body, error = llmrun.judge(llmrun.Message("HTTP/1.1 200 OK", {"content-type": "text/event-stream"},
-                                                                 PIECES + b"data: [DONE]\n\n"))
-    assert status == 200 and error is None and json.loads(body) == read_body
-    assert llmrun.answer_of(read_body) == {"answer": "Hello", "reasoning": "", "finish_reason": "stop", "prompt_tokens": 0,
+    reply = llmrun.reply_of(llmrun.Message(STREAM_HEAD, PIECES + b"data: [DONE]\n\n"))
+    assert reply.status == 200 and reply.error is None and json.loads(reply.body) == reply.answer
+    assert llmrun.answer_of(reply.answer) == {"answer": "Hello", "reasoning": "", "finish_reason": "stop", "prompt_tokens": 0,
                                            "completion_tokens": 2}
-    assert read_body["object"] == "chat.completion"
+    assert reply.answer["object"] == "chat.completion"
 
 
 @pytest.mark.parametrize("end, words", [(b"", "no end"), (b'data: {"error":{"message":"full"}}\n\n', "full")])
 def test_a_stream_without_its_end_is_no_answer(end, words):
-    status, _, _, error = llmrun.judge(llmrun.Message("HTTP/1.1 200 OK", {"content-type": "text/event-stream"}, PIECES + end))
-    assert status == 0 and words in error["message"]
+    reply = llmrun.reply_of(llmrun.Message(STREAM_HEAD, PIECES + end))
+    assert reply.status == 0 and words in reply.error["message"]
 
 
 # ── the journal on a disk that fails ───────────────────────────────────────────
