@@ -178,14 +178,17 @@ def parse_lines(lines):
     return objects
 
 
-decode_json = json.JSONDecoder().raw_decode
+scan_json = json.JSONDecoder().scan_once
 encode_text = json.encoder.encode_basestring  # a text as JSON, in quotes
 
 
 def read_json(data):
     """json.loads for the many small bodies of a run, where what stands around the parser costs as much as it."""
     text = data.decode().strip()
-    value, end = decode_json(text)
+    try:
+        value, end = scan_json(text, 0)
+    except StopIteration as stop:
+        raise json.JSONDecodeError("Expecting value", text, stop.value)
     if end != len(text):
         raise ValueError("more than one JSON value")
     return value
@@ -1750,6 +1753,7 @@ class Head(NamedTuple):
     chunked: bool
     length: Optional[int]  # None: up to the end of the connection
     closes: bool
+    streams: bool  # the body is a stream of events
 
 
 class Message(NamedTuple):
@@ -1792,7 +1796,8 @@ def parse_head(data, response):
     status = int(start[9:12]) if response else 0
     length = int(text) if text is not None else None if response and status not in (204, 304) else 0
     return Head(start, headers, status, headers.get("transfer-encoding", "").lower() == "chunked", length,
-                headers.get("connection", "").lower() == "close")
+                headers.get("connection", "").lower() == "close",
+                headers.get("content-type", "").startswith("text/event-stream"))
 
 
 class MessageReader:
@@ -1813,6 +1818,8 @@ class MessageReader:
                 self.rest = data
                 return None
             head, data = parse_head(data[:end], self.response), data[end + 4:]
+            if head.length == len(data) and not head.chunked and head.status >= 200:  # as most answers come
+                return Message(head, data)
             if head.status // 100 != 1:  # 100 Continue and its like stand before the real answer
                 self.head = head
         if self.head.chunked:
@@ -1928,6 +1935,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error):
         self.client.all.discard(self)
+        if self in self.client.idle:
+            self.client.idle.remove(self)
         self.fail(WireError(f"the connection broke: {error or 'closed by the server'}"))
 
 
@@ -1951,25 +1960,27 @@ class Client:
     async def request(self, method, path, body=b"", timeout_s=60.0):
         """The answer to one request; WireError when there is none within the time."""
         answer = asyncio.get_running_loop().create_future()
-        self.ask(method, path, body, timeout_s, lambda outcome: answer.done() or answer.set_result(outcome))
+        self.ask(method, path, body, clock() + timeout_s, lambda outcome: answer.done() or answer.set_result(outcome))
         outcome = await answer
         if isinstance(outcome, WireError):
             raise outcome
         return outcome
 
-    def ask(self, method, path, body, timeout_s, then):
-        """Send a request; `then` is called once, with the Message or with the WireError that came in its place."""
+    def ask(self, method, path, body, limit, then):
+        """Send a request that may take until `limit`; `then` is called once, with its Message or a WireError."""
         head = self.heads.get((method, path))
         if head is None:
             head = f"{method} {path}{self.common}Content-Type: application/json\r\nContent-Length: ".encode()
             self.heads[method, path] = head
-        self.send(b"%b%d\r\n\r\n%b" % (head, len(body), body), clock() + timeout_s, then)
+        self.send(b"%b%d\r\n\r\n%b" % (head, len(body), body), limit, then)
 
     def send(self, request, limit, then):
+        """To a connection that rests, or over a new one."""
         while self.idle:
             connection = self.idle.pop()
             if not connection.transport.is_closing():
-                return self.post(connection, request, limit, then)
+                self.post(connection, request, limit, then)
+                return
         opening = asyncio.ensure_future(self.open(request, limit, then))
         self.openings.add(opening)
         opening.add_done_callback(self.openings.discard)
@@ -3213,13 +3224,33 @@ class RowScanner:
                 yield first, self.at - len(data), data
 
 
+class Rows:
+    """The rows of one source, each as its bytes. Neighbours are read together: they are asked together."""
+
+    AHEAD_BYTES = 2**16
+
+    def __init__(self, row_file, index):
+        self.file, self.index = open(row_file, "rb"), memoryview(index).cast("Q")  # offset and length of each row
+        self.start, self.data = 0, b""
+
+    def __getitem__(self, row):
+        offset, length = self.index[2 * row], self.index[2 * row + 1]
+        begin = offset - self.start
+        if begin < 0 or begin + length > len(self.data):
+            self.data = os.pread(self.file.fileno(), max(length, self.AHEAD_BYTES), offset)
+            self.start, begin = offset, 0
+        return self.data[begin:begin + length]
+
+
 class Input:
     """All that is asked, as it was frozen: prompts are numbered 0, 1, 2 … over all sources, rows and samples."""
 
     def __init__(self, sources, indexes, asking, samples):
-        self.sources, self.indexes, self.asking, self.samples = sources, indexes, asking, samples
+        self.sources, self.asking, self.samples = sources, asking, samples
         self.starts = list(itertools.accumulate([0] + [source.rows * samples for source in sources]))
-        self.files = [open(source.row_file, "rb") for source in sources]
+        self.rows = [Rows(source.row_file, index) for source, index in zip(sources, indexes)]
+        # what goes before each row's own body, where that alone makes its request
+        self.splices = [source.splice.encode() if samples == 1 else b"" for source in sources]
 
     def __len__(self):
         return self.starts[-1]
@@ -3231,21 +3262,17 @@ class Input:
     def number(self, key):
         return self.starts[key[0]] + key[1] * self.samples + key[2]
 
-    def row(self, key):
-        source, row, _ = key
-        offset, length = struct.unpack_from("<QQ", self.indexes[source], 16 * row)
-        return os.pread(self.files[source].fileno(), length, offset)
-
     def record(self, key):
-        return read_record(self.sources[key[0]].kind, self.sources[key[0]].columns, self.row(key))
+        source = self.sources[key[0]]
+        return read_record(source.kind, source.columns, self.rows[key[0]][key[1]])
 
     def prompt(self, number):
         key = self.key(number)
-        splice = self.sources[key[0]].splice
-        match = BATCH_ROW.fullmatch(self.row(key)) if splice and self.samples == 1 else None
+        splice = self.splices[key[0]]
+        match = BATCH_ROW.fullmatch(self.rows[key[0]][key[1]]) if splice else None
         if match:
             custom_id, url, body = match.groups()
-            return Prompt(key, custom_id.decode(), url.decode(), splice.encode() + body[1:])
+            return Prompt(key, custom_id.decode(), url.decode(), splice + body[1:])
         try:
             record = self.record(key)
             custom_id, url, body = self.asking.of_record(self.sources[key[0]], record, key[1])
@@ -3528,17 +3555,17 @@ class Result(NamedTuple):
 def journal_line(result):
     """A line in OpenAI's Batch output format. Its id holds the key and its end the verdict, so that a resume
     reads bytes and parses nothing."""
-    key = b"%d_%d_%d" % result.prompt.key
-    response, error = b"null", b"null"
-    if result.status:
-        response = b'{"status_code": %d, "request_id": "req_%s", "body": %s}' % (result.status, key, result.body)
+    (key, custom_id, _, _), status, body, _, error, started, time_s, attempts, replica = result
+    source, row, sample = key
+    name = f"{source}_{row}_{sample}"
+    if status:
+        before, after = f'{{"status_code": {status}, "request_id": "req_{name}", "body": ', '}, "error": null'
     else:
-        error = json.dumps(result.error).encode()
-    return b'{"id": "batch_req_%s", "custom_id": %s, "response": %s, "error": %s, "llmrun": ' \
-           b'{"row": %d, "sample": %d, "started": %.3f, "time_s": %.4f, "attempts": %d, "replica": %d, "ok": %s}}\n' % (
-               key, encode_text(result.prompt.custom_id).encode(), response, error,
-               result.prompt.key[1], result.prompt.key[2], result.started, result.time_s, result.attempts,
-               result.replica, b"true" if result.ok else b"false")
+        before, body, after = "null", b"", f', "error": {json.dumps(error)}'
+    return b"".join((
+        f'{{"id": "batch_req_{name}", "custom_id": {encode_text(custom_id)}, "response": {before}'.encode(), body,
+        f'{after}, "llmrun": {{"row": {row}, "sample": {sample}, "started": {started:.3f}, "time_s": {time_s:.4f}, '
+        f'"attempts": {attempts}, "replica": {replica}, "ok": {"true" if status == 200 else "false"}}}}}\n'.encode()))
 
 
 LINE_BEGIN = b'{"id": "batch_req_'
@@ -3571,8 +3598,8 @@ class Journal:
         self.segment += 1
         self.file = self.disk.create(self.run.journal / f"{self.life}.{self.segment}.jsonl")
 
-    def add(self, result):
-        self.lines.append(journal_line(result))
+    def add(self, *results):
+        self.lines += map(journal_line, results)
         if self.timer is None:
             self.timer = asyncio.get_running_loop().call_later(self.WRITE_AFTER_S, self.write)
 
@@ -3709,9 +3736,9 @@ class Marks:
     def order(self, place):
         return (1,) if place == self.NOWHERE else (0, self.segments[place >> 44], place & (2**44 - 1))
 
-    def settle(self, key, ok):
+    def settle(self, number, ok):
         """Count a result of our own at once; `refresh` finds its place when it is written."""
-        number, state = self.prompts.number(key), self.DONE if ok else self.FAILED
+        state = self.DONE if ok else self.FAILED
         if state > self.state[number]:
             self.state[number], self.place[number] = state, self.NOWHERE
 
@@ -3843,9 +3870,10 @@ class Tally:
         self.answers += 1
         self.empty += not found["answer"].strip()
         self.cut += found["finish_reason"] == "length"
-        text = hash(found["answer"])
-        self.first = text if self.first is None else self.first
-        self.all_same = self.all_same and text == self.first
+        if self.all_same:
+            text = hash(found["answer"])
+            self.first = text if self.first is None else self.first
+            self.all_same = text == self.first
 
     def doubt(self):
         """What is suspicious about the answers as a whole, in words for the user."""
@@ -3962,8 +3990,9 @@ class Claims:
 
     def settle(self, key, ok):
         """A result of our own."""
-        self.under_way.discard(self.marks.prompts.number(key))
-        self.marks.settle(key, ok)
+        number = self.marks.prompts.number(key)
+        self.under_way.discard(number)
+        self.marks.settle(number, ok)
 
     def take_over(self):
         """Claim a chunk that its owner left with prompts to ask: the next of those that were claimed at the last look,
@@ -4047,20 +4076,8 @@ class Claims:
         return True
 
 
-class Reply(NamedTuple):
-    """What came of one attempt at a prompt."""
-
-    status: int
-    body: bytes = b""  # one line of JSON
-    answer: Dict[str, Any] = {}  # the same, read
-    error: Optional[Dict[str, str]] = None
-    wait_s: float = 0.0  # how long the engine wants to be left alone
-
-
 class Desk:
     """What one replica is asked just now, and what came back since the pump looked."""
-
-    UNREACHABLE_PAUSE_S = 0.05
 
     def __init__(self, replica):
         self.replica = replica
@@ -4070,17 +4087,11 @@ class Desk:
         self.came = []  # (key, Message or WireError)
         self.turn = asyncio.Event()
 
-    def ask(self, prompt, attempts, began, timeout_s):
+    def ask(self, prompt, attempts, began, limit):
         self.under_way[prompt.key] = prompt, attempts, began
-        self.replica.client.ask("POST", prompt.url, prompt.body, timeout_s, functools.partial(self.put, prompt.key))
+        self.replica.client.ask("POST", prompt.url, prompt.body, limit, functools.partial(self.put, prompt.key))
 
     def put(self, key, outcome):
-        if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
-            asyncio.get_running_loop().call_later(self.UNREACHABLE_PAUSE_S, self.deliver, key, outcome)
-        else:
-            self.deliver(key, outcome)
-
-    def deliver(self, key, outcome):
         self.came.append((key, outcome))
         self.turn.set()
 
@@ -4094,11 +4105,11 @@ class Pump:
     """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop.
 
     A replica takes its next prompt when it has room, so a faster one takes more; no other balance is needed.
-    All that came back in one turn of the loop is settled together, and all that there is room for is asked
-    together: a task or a future for each prompt would cost as much as the rest of its way.
-    `next_number()` gives a prompt's number, LATER, or None for ever."""
+    All that came back in one turn of the loop is settled together, step by step, and all that there is room for is
+    asked together: a task or a future for each prompt would cost as much as the rest of its way.
+    `next_number()` gives a prompt's number, LATER, or None for ever; `finish(results)` takes what came of some."""
 
-    HELD_PAUSE_S = 0.05
+    REST_S = 0.05  # where nothing can be asked just now
     DEATH_NOTICE_S = 3.0  # a broken connection is known so much sooner than its engine's death
     DEATH_PAUSE_S = 2.0  # an engine that ended because its job does is no crash: that is known by then
 
@@ -4181,44 +4192,55 @@ class Pump:
 
     def fill(self, desk):
         """Ask as many prompts as there is room for; none whose result could not be written."""
-        now, time_left = clock(), self.time_left()
-        if self.usual_s > time_left and not self.draining:
+        if self.usual_s > self.time_left() and not self.draining:
             self.drain()
         if self.held():
-            asyncio.get_running_loop().call_later(self.HELD_PAUSE_S, desk.turn.set)
+            asyncio.get_running_loop().call_later(self.REST_S, desk.turn.set)
             return
-        for _ in range(desk.replica.engine.in_flight - len(desk.under_way)):
-            taken = self.take()
-            if taken is None:
-                return
-            self.first_sent = self.first_sent or now
-            desk.ask(*taken, now, time_left)
+        taken = self.take(desk.replica.engine.in_flight - len(desk.under_way))
+        now = clock()
+        limit = now + self.time_left()
+        if taken and not self.first_sent:
+            self.first_sent = now
+        for prompt, attempts in taken:
+            desk.ask(prompt, attempts, now, limit)
 
-    def take(self):
-        """The next prompt and its attempts so far, or None when there is none just now."""
-        if self.again:
-            return self.again.popleft()
-        if self.exhausted or self.draining:
-            return None
-        number = self.next_number()
-        if number is None:
-            self.exhausted = True
-        if number is None or number == LATER:
-            return None
-        self.unfinished += 1
-        return self.read(number), 0
+    def take(self, room):
+        """Up to so many prompts to ask now, each with its attempts so far."""
+        again = [self.again.popleft() for _ in range(min(room, len(self.again)))]
+        numbers = []
+        while len(again) + len(numbers) < room and not (self.exhausted or self.draining):
+            number = self.next_number()
+            if number == LATER:
+                break
+            if number is None:
+                self.exhausted = True
+            else:
+                numbers.append(number)
+        self.unfinished += len(numbers)
+        return again + [(prompt, 0) for prompt in map(self.read, numbers)]
 
     def settle_all(self, desk):
-        for key, outcome in desk.take():
-            prompt, attempts, began = desk.under_way.pop(key)
-            if isinstance(outcome, Unreachable):  # nothing was asked
-                self.put_back(prompt, attempts)
+        results = []
+        for key, outcome, reply in [(key, outcome, reply_of(outcome)) for key, outcome in desk.take()]:
+            if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
+                asyncio.get_running_loop().call_later(self.REST_S, self.not_asked, desk, key)
                 continue
+            prompt, attempts, began = desk.under_way.pop(key)
             if isinstance(outcome, WireError):
                 desk.broken[key] = clock()
             elif desk.broken:
                 desk.broken.pop(key, None)
-            self.settle(desk, prompt, attempts + 1, reply_of(outcome), began)
+            result = self.settle(desk, prompt, attempts + 1, began, reply)
+            if result:
+                results.append(result)
+        if results:
+            self.finish(results)
+
+    def not_asked(self, desk, key):
+        if key in desk.under_way:
+            prompt, attempts, _ = desk.under_way.pop(key)
+            self.put_back(prompt, attempts)
 
     def leave(self, desk):
         """What is under way goes back: its replica failed, or the run is stopping, and it was not answered."""
@@ -4226,6 +4248,7 @@ class Pump:
         for prompt, attempts, _ in desk.under_way.values():
             self.put_back(prompt, attempts)
         desk.broken.update(dict.fromkeys(desk.under_way, math.inf))
+        desk.under_way.clear()
         self.wake_all()
 
     def wake_all(self):
@@ -4239,21 +4262,23 @@ class Pump:
             self.again.append((prompt, attempts))
         self.wake_all()
 
-    def settle(self, desk, prompt, attempts, reply, began):
-        """Make a result of a reply, or ask once more where that may help."""
-        if reply.status == 200:
+    def settle(self, desk, prompt, attempts, began, reply):
+        """The result that a reply makes, or none: it is asked once more where that may help."""
+        status, _, answer, _, wait_s = reply
+        if status == 200:
             took = clock() - began
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
-        elif can_pass(reply.status, reply.answer) and (attempts < MAX_ATTEMPTS or self.draining):
-            delay = max(reply.wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
+        elif can_pass(status, answer) and (attempts < MAX_ATTEMPTS or self.draining):
+            delay = max(wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.later(delay, prompt, attempts)
-            return
-        self.conclude(desk, prompt, attempts, reply, began)
+            return None
+        return self.conclude(desk, prompt, attempts, began, reply)
 
-    def conclude(self, desk, prompt, attempts, reply, began):
+    def conclude(self, desk, prompt, attempts, began, reply):
+        status, body, answer, error, _ = reply
         self.unfinished -= 1
-        self.finish(Result(prompt, reply.status, reply.body, reply.answer, reply.error, began + CLOCK_TO_DATE,
-                           clock() - began, attempts, desk.replica.number))
+        return Result(prompt, status, body, answer, error, began + CLOCK_TO_DATE, clock() - began, attempts,
+                      desk.replica.number)
 
     def later(self, delay_s, prompt, attempts):
         """Ask once more after a while; the slot is free meanwhile."""
@@ -4279,8 +4304,8 @@ class Pump:
         if desk.alone:
             prompt, attempts, began = desk.alone
             desk.replica.forgive()
-            error = {"code": "engine_died", "message": "in flight when the engine died, also when it was asked alone"}
-            self.conclude(desk, prompt, attempts + 1, Reply(0, error=error), began)
+            self.finish([self.conclude(desk, prompt, attempts + 1, began, no_reply(
+                "engine_died", "in flight when the engine died, also when it was asked alone"))])
         suspected = {key for key, broke in desk.broken.items() if broke > since}
         self.deaths.update(suspected)
         suspected = {key for key in suspected if self.deaths[key] >= 2}
@@ -4299,11 +4324,13 @@ class Pump:
             outcome = await desk.replica.client.request("POST", prompt.url, prompt.body, self.time_left())
         except WireError as broken:
             outcome = broken
-        reply = reply_of(outcome)
-        if not reply.status:
+        status, *_ = reply = reply_of(outcome)
+        if not status:
             await asyncio.sleep(self.DEATH_NOTICE_S)
         desk.alone = None
-        self.settle(desk, prompt, attempts + 1, reply, began)
+        result = self.settle(desk, prompt, attempts + 1, began, reply)
+        if result:
+            self.finish([result])
 
 
 def can_pass(status, answer):
@@ -4314,16 +4341,18 @@ def can_pass(status, answer):
 
 
 def reply_of(outcome):
-    """What a Message or a WireError means for its prompt; an error where there is no answer."""
+    """(status, body, answer, error, wait_s) of a Message or a WireError: the body as one line of JSON, and read;
+    an error where there is no answer; how long the engine wants to be left alone."""
     if isinstance(outcome, WireError):
-        return Reply(0, error={"code": "connection", "message": str(outcome)})
-    (_, headers, status, _, _, _), body = outcome
-    if headers.get("content-type", "").startswith("text/event-stream"):
+        return no_reply("connection", str(outcome))
+    head, body = outcome
+    status, wait_s = head.status, retry_after(head.headers)
+    if head.streams:
         try:
             answer = assemble_stream(body)
         except ValueError as broken:
-            return Reply(0, error={"code": "stream", "message": str(broken)})
-        return Reply(status, json.dumps(answer, ensure_ascii=False).encode(), answer, None, retry_after(headers))
+            return no_reply("stream", str(broken))
+        return status, json.dumps(answer, ensure_ascii=False).encode(), answer, None, wait_s
     try:
         answer = read_json(body)
         if not isinstance(answer, dict):
@@ -4331,12 +4360,16 @@ def reply_of(outcome):
     except ValueError:
         text = body[:500].decode("utf-8", "replace")
         if status == 200:
-            return Reply(0, error={"code": "not_json", "message": f"the engine's answer is not JSON: {text}"})
+            return no_reply("not_json", f"the engine's answer is not JSON: {text}")
         answer = {"error": {"message": text}}
-        return Reply(status, json.dumps(answer).encode(), answer, None, retry_after(headers))
+        return status, json.dumps(answer).encode(), answer, None, wait_s
     if b"\n" in body:
         body = json.dumps(answer, ensure_ascii=False).encode()
-    return Reply(status, body, answer, None, retry_after(headers))
+    return status, body, answer, None, wait_s
+
+
+def no_reply(code, message):
+    return 0, b"", {}, {"code": code, "message": message}, 0.0
 
 
 def assemble_stream(data):
@@ -4714,10 +4747,12 @@ async def live(run, config, life, allocation, prompts, claims, journal, tally, t
         elif event == "ready":
             publish_endpoint(run, config, facts)
 
-    def keep(result):
-        journal.add(result)
-        tally.add(result)
-        claims.settle(result.prompt.key, result.ok)
+    def keep(results):
+        journal.add(*results)
+        for result in results:
+            tally.add(result)
+        for result in results:
+            claims.settle(result.prompt.key, result.ok)
 
     orders, lost, engine_lines = Orders(run, config, allocation, tell), [], itertools.count()
     pump = Pump(claims.next, prompts.prompt, keep, allocation.ends_at, lambda: journal.trouble)

@@ -168,7 +168,7 @@ def test_a_success_takes_the_place_of_an_error_that_was_read_before(run, again):
     if again:
         marks.forget_failures()
     write(run, llmrun.Life(2, 0, 0), 200)
-    marks.settle((0, 0, 0), True)
+    marks.settle(0, True)
     marks.refresh()
     line, = [line for _, line in marks.lines((llmrun.Marks.DONE,))]
     assert line.endswith(llmrun.OK_END + b"\n")

@@ -126,6 +126,31 @@ def test_a_connection_that_the_server_closed_while_it_rested_is_asked_again():
     assert run(work()) == [200, 200]
 
 
+def test_a_connection_that_the_server_closed_while_it_rested_is_forgotten():
+    async def work():
+        async with server_saying(OK, then="close") as client:
+            await client.request("GET", "/")
+            while client.all:
+                await asyncio.sleep(0.005)
+            return client.idle
+    assert run(work()) == []
+
+
+def test_what_is_under_way_when_the_client_closes_ends_and_is_not_sent_anew():
+    async def work():
+        async with server_saying(OK, b"", OK, then="silence") as client:
+            await client.request("GET", "/")  # the connection is kept, and used by the next
+            asking = asyncio.ensure_future(client.request("GET", "/"))
+            opening = asyncio.ensure_future(client.request("GET", "/"))
+            await asyncio.sleep(0)
+            client.close()
+            outcomes = await asyncio.gather(asking, opening, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [llmrun.WireError] * 2
+            while client.all:
+                await asyncio.sleep(0.005)
+    run(work())
+
+
 def test_two_answers_to_one_request_end_the_connection():
     async def work():
         async with server_saying(OK + OK, OK, then="silence") as client:

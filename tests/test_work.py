@@ -102,7 +102,7 @@ def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None):
     async def work():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results, began = [], llmrun.clock()
-        pump = llmrun.Pump(taken_from(range(count)), read, results.append, began + ends_in if ends_in else llmrun.math.inf)
+        pump = llmrun.Pump(taken_from(range(count)), read, results.extend, began + ends_in if ends_in else llmrun.math.inf)
         begun = [asyncio.ensure_future(asyncio.sleep(starts[n] if starts else 0)) for n in range(len(groups))]
         helper = asyncio.ensure_future(meanwhile(pump, groups, results)) if meanwhile else None
         try:
@@ -230,7 +230,7 @@ def test_a_replica_lost_while_results_cannot_be_written_loses_no_prompt():
     async def work():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results = []
-        pump = llmrun.Pump(taken_from(range(40)), read, results.append, llmrun.math.inf, lambda: held[0])
+        pump = llmrun.Pump(taken_from(range(40)), read, results.extend, llmrun.math.inf, lambda: held[0])
         held[0] = True
         running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0))) for group in groups]))
         await asyncio.sleep(0.2)
@@ -264,17 +264,17 @@ PIECES = b'data: {"id":"x","object":"chat.completion.chunk","choices":[{"index":
 
 
 def test_a_stream_is_put_together_like_an_answer_that_came_whole():
-    reply = llmrun.reply_of(llmrun.Message(STREAM_HEAD, PIECES + b"data: [DONE]\n\n"))
-    assert reply.status == 200 and reply.error is None and json.loads(reply.body) == reply.answer
-    assert llmrun.answer_of(reply.answer) == {"answer": "Hello", "reasoning": "", "finish_reason": "stop", "prompt_tokens": 0,
+    status, body, read_body, error, _ = llmrun.reply_of(llmrun.Message(STREAM_HEAD, PIECES + b"data: [DONE]\n\n"))
+    assert status == 200 and error is None and json.loads(body) == read_body
+    assert llmrun.answer_of(read_body) == {"answer": "Hello", "reasoning": "", "finish_reason": "stop", "prompt_tokens": 0,
                                            "completion_tokens": 2}
-    assert reply.answer["object"] == "chat.completion"
+    assert read_body["object"] == "chat.completion"
 
 
 @pytest.mark.parametrize("end, words", [(b"", "no end"), (b'data: {"error":{"message":"full"}}\n\n', "full")])
 def test_a_stream_without_its_end_is_no_answer(end, words):
-    reply = llmrun.reply_of(llmrun.Message(STREAM_HEAD, PIECES + end))
-    assert reply.status == 0 and words in reply.error["message"]
+    status, _, _, error, _ = llmrun.reply_of(llmrun.Message(STREAM_HEAD, PIECES + end))
+    assert status == 0 and words in error["message"]
 
 
 # ── the journal on a disk that fails ───────────────────────────────────────────
@@ -339,7 +339,7 @@ def test_no_prompt_is_sent_while_results_cannot_be_written():
     async def work():
         group = Group(0, engine, await engine.start())
         results = []
-        pump = llmrun.Pump(taken_from(range(10)), read, results.append, llmrun.math.inf, lambda: held[0])
+        pump = llmrun.Pump(taken_from(range(10)), read, results.extend, llmrun.math.inf, lambda: held[0])
         running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0)))]))
         await asyncio.sleep(0.3)
         assert not engine.asked

@@ -39,9 +39,9 @@ def life(folder, port):
     resumed_s = time.monotonic() - began
     last, rates = (time.monotonic(), 0), []
 
-    def keep(result):
+    def keep(results):
         nonlocal last
-        one.keep(result)
+        one.keep(results)
         if one.tally.answers - last[1] >= 20000:
             now = time.monotonic()
             rates.append(20000 / (now - last[0]))

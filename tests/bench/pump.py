@@ -30,7 +30,7 @@ from ready import OneLife, make_run  # noqa: E402
 
 import llmrun  # noqa: E402
 
-CONNECTIONS, ROUNDS = 64, 3
+CONNECTIONS, ROUNDS = 64, 5
 COMPLETION = json.dumps({
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1700000000, "model": "m",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "An answer of some words. " * 8}}],
@@ -199,7 +199,7 @@ def main(count):
         server, engine = Server(folder), PacedEngine(folder)
         try:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            rates = alternate(server.port, lambda side: count // 10 if side in SLOW else count)
+            rates = alternate(server.port, lambda side: count // 40 if side in SLOW else count)
             print(f"{'a server that answers at once':30} {'requests/s':>10} {'llmrun is':>10}")
             for side, rate in rates.items():
                 print(f"{side:30} {rate:10.0f} {rates[OURS] / rate:9.2f}x")
@@ -213,4 +213,4 @@ def main(count):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40000)

@@ -40,10 +40,12 @@ class OneLife:
         self.claims = llmrun.Claims(self.run, self.life, llmrun.Marks(self.run, self.prompts), starts)
         self.journal = llmrun.Journal(self.run, self.life)
 
-    def keep(self, result):
-        self.journal.add(result)
-        self.tally.add(result)
-        self.claims.settle(result.prompt.key, result.ok)
+    def keep(self, results):
+        self.journal.add(*results)
+        for result in results:
+            self.tally.add(result)
+        for result in results:
+            self.claims.settle(result.prompt.key, result.ok)
 
     def work(self, port, key="key", keep=None):
         async def pump_all():
