@@ -97,7 +97,7 @@ def read(number):
     return llmrun.Prompt((0, number, 0), f"r{number}", llmrun.CHAT, json.dumps(body).encode())
 
 
-def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None):
+def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=60):
     """Run `count` prompts through these engines; the results and how long it took."""
     async def work():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
@@ -114,7 +114,7 @@ def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None):
                 group.client.close()
                 group.engine.server.close()
         return results, llmrun.clock() - began
-    return asyncio.run(asyncio.wait_for(work(), 60))
+    return asyncio.run(asyncio.wait_for(work(), limit_s))
 
 
 def assert_each_once(results, count):
@@ -161,19 +161,24 @@ def test_retry_after_is_waited_for_outside_the_slot():
     assert results[-1].attempts == 2 and took > 0.7, "the refused one came last, the others went on meanwhile"
 
 
-def test_replicas_share_by_their_speed_and_a_lost_one_costs_only_its_share():
-    """Three replicas, one 3 times slower; a fast one dies half-way: the others take over what it had, each by its speed."""
-    count, answer_s = 600, 0.02
-    engines = [Engine(4, answer_s), Engine(4, answer_s), Engine(4, 3 * answer_s)]
+def one_slow_one_dying(count, slots, answer_s):
+    """Three replicas, one 3 times slower; a fast one dies half-way: the results, those of before, the seconds."""
     before = []
 
     async def kill_one(pump, groups, results):
         while len(results) < count / 2:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.001)
         before.extend(results)
         groups[1].fail()
-    results, _ = pumped(count, *engines, meanwhile=kill_one)
-    assert_each_once(results, count)
+    results, took = pumped(count, Engine(slots, answer_s), Engine(slots, answer_s), Engine(slots, 3 * answer_s),
+                           meanwhile=kill_one)
+    return results, before, took
+
+
+def test_replicas_share_by_their_speed_and_a_lost_one_costs_only_its_share():
+    """The others take over what the dead one had, each by its speed."""
+    results, before, _ = one_slow_one_dying(600, 4, 0.02)
+    assert_each_once(results, 600)
     shares = [sum(result.replica == number for result in results[len(before):]) for number in range(3)]
     assert shares[1] == 0 and 2 < shares[0] / shares[2] < 4.5, shares
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NEEDS = {"pump.py": "nginx", "million.py": "nginx", "slots.py": "cmake", "overhead.py": "slurmctld", "scaling.py": "python3",
-         "interruptions.py": "slurmctld", "lost_nodes.py": "slurmctld"}
+NEEDS = {"pump.py": "nginx", "million.py": "nginx", "slots.py": "cmake", "trouble.py": "python3",
+         "overhead.py": "slurmctld", "scaling.py": "python3", "interruptions.py": "slurmctld", "lost_nodes.py": "slurmctld"}
 
 path = os.environ["PATH"] + ":/usr/sbin:/sbin"
 for name, program in NEEDS.items():
