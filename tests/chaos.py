@@ -55,7 +55,7 @@ class Storm:
     """What can befall a run."""
 
     def __init__(self, site, chance, real):
-        self.site, self.chance, self.real, self.returned, self.disk = site, chance, real, [], None
+        self.site, self.chance, self.real, self.disk = site, chance, real, None
 
     def victims(self, *words):
         return [pid for pid, argv in self.site.processes() if all(word in " ".join(argv) for word in words)]
@@ -105,20 +105,9 @@ class Storm:
     def a_lost_node(self):
         """Its power fails; it is back some seconds later."""
         name = self.chance.choice(self.site.cluster.nodes)
-        if not self.real:
-            self.site.cluster.lose_node(name)
-            time.sleep(self.chance.uniform(0.5, 6))
-            self.site.cluster.return_node(name)
-            return True
-        daemon = self.site.cluster.daemon(name)
-        gone = [pid for pid, node, _ in self.site.cluster.processes() if node == name]
-        for pid in [daemon] + children_of_stepds(name) + gone:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(self.chance.uniform(1, 20))
-        from real.cluster import program
-        self.returned.append(subprocess.Popen([program("slurmd"), "-D", "-N", name], env=self.site.env,
-                                              stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        self.site.cluster.lose_node(name)
+        time.sleep(self.chance.uniform(1, 20) if self.real else self.chance.uniform(0.5, 6))
+        self.site.cluster.return_node(name)
         return True
 
     def a_full_disk(self):
@@ -134,17 +123,6 @@ class Storm:
         time.sleep(self.chance.uniform(0.5, 4))
         (self.disk / "filler").unlink()
         return True
-
-
-def children_of_stepds(node):
-    """The slurmstepd of a node, which a power failure takes as well."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if path.read_bytes().startswith(b"slurmstepd") and f"SLURMD_NODENAME={node}".encode() in (
-                    path.parent / "environ").read_bytes():
-                found.append(int(path.parent.name))
-    return found
 
 
 ACTIONS = ["a_driver_or_its_batch_process", "an_agent", "an_engine", "an_rpc_worker", "an_srun", "a_requeue",
@@ -180,10 +158,6 @@ def one(seed, real):
                 if os.environ.get("CHAOS_KEEP"):
                     subprocess.run(["cp", "-rL", str(folder), os.environ["CHAOS_KEEP"]])
                 raise
-            finally:
-                for daemon in storm.returned:
-                    daemon.kill()
-                    daemon.wait()
 
 
 def weather(site, storm, chance):

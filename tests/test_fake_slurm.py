@@ -706,26 +706,6 @@ def test_bad_hostlists_are_said_so_with_code_0(shared):
 class BothDesk(Desk):
     """What is the same to do at either cluster."""
 
-    def lose_node(self, name, kill=True):
-        if not REAL:
-            self.cluster.lose_node(name, kill)
-            return
-        from real.cluster import descendants
-        doomed = [pid for pid, node, _ in self.cluster.processes() if node == name] if kill else []
-        daemons = [pid for pid, argv in descendants(self.cluster.keeper.pid) if "slurmstepd" in argv[0]
-                   and {below for below, _ in descendants(pid)} & set(doomed)]
-        for pid in [self.cluster.daemon(name), *daemons, *doomed]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-
-    def return_node(self, name):
-        if not REAL:
-            self.cluster.return_node(name)
-        else:
-            self.returned.append(self.start("slurmd", "-D", "-N", name, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-
     def exists(self, name):
         return self.until(lambda: (self.folder / name).exists(), name)
 
@@ -762,16 +742,12 @@ def both(tmp_path):
             cluster = FakeCluster(tmp_path / "cluster", kill_wait=kill_wait, partitions=partitions, **{
                 "FakeTick": 0.2, "FakeRequeueDelay": 0.5, "FakeSignalGap": 0.05, "proctrack": "linuxproc", **settings, **dict(fake)})
         desk = BothDesk(cluster, tmp_path / "home")
-        desk.returned = []
         desks.append(desk)
         cluster.start()
         return desk
 
     yield make
     for desk in desks:
-        for daemon in desk.returned:
-            daemon.kill()
-            daemon.wait()
         desk.cluster.stop()
         assert desk.cluster.processes() == []
         assert REAL or "Traceback" not in desk.cluster.log()
@@ -1137,7 +1113,7 @@ AGENT = "srun %s bash -c 'touch up$SLURM_PROCID; exec sleep 1000'"
 def test_both_a_lost_node_is_noticed_late_and_the_job_starts_on_others(both):
     desk = both(**LOSSES)
     job = desk.reporters("--open-mode=append")
-    desk.lose_node("node2")
+    desk.cluster.lose_node("node2")
     desk.again()
     assert desk.show(job) == "RUNNING" and "error" not in desk.output(job)
     desk.until(lambda: desk.nodes().get("mixed*") == "node2", "sinfo to doubt")
@@ -1149,7 +1125,7 @@ def test_both_a_lost_node_is_noticed_late_and_the_job_starts_on_others(both):
         desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
     desk.until_state(job, "RUNNING")
     assert "node2" not in (desk.show(job, "%B"), desk.show(job, "%N")) and desk.field(job, "Restarts") == "1"
-    desk.return_node("node2")
+    desk.cluster.return_node("node2")
     desk.until(lambda: not {"down*", "idle*", "down"} & set(desk.nodes()), "the node to be back")
 
 
@@ -1157,11 +1133,11 @@ def test_both_a_job_not_to_be_requeued_fails_with_its_node(both):
     desk = both(**LOSSES)
     job = desk.submit(AGENT % "-N2 -n2", "-N2", "--no-requeue")
     desk.exists("up0"), desk.exists("up1")
-    desk.lose_node("node2")
+    desk.cluster.lose_node("node2")
     assert desk.until_state(job, "NODE_FAIL") and desk.show(job, "%r %N") == "NodeDown node[1-2]"
     alone = desk.submit("touch up.alone; sleep 1000", "-w", "node1", "--no-requeue")
     desk.exists("up.alone")
-    desk.lose_node("node1")
+    desk.cluster.lose_node("node1")
     assert desk.until_state(alone, "NODE_FAIL")
 
 
@@ -1172,7 +1148,7 @@ def test_both_no_kill_shrinks_the_job_and_kills_the_step(both):
     job = desk.submit(AGENT % "-N3 -n3" + "\n" + after, "-N3", "--no-kill")
     for number in range(3):
         desk.exists("up%d" % number)
-    desk.lose_node("node2")
+    desk.cluster.lose_node("node2")
     desk.until(lambda: "3 node[1-3]\n" in desk.output(job), "the script to go on")
     assert desk.show(job, "%T %N %D") == "RUNNING node[1,3] 2"
     text = desk.output(job)
@@ -1188,14 +1164,14 @@ def test_both_a_step_on_a_node_that_does_not_answer_fails_slowly(both):
     desk = both(real={"SlurmdTimeout": 300}, fake={"MessageTimeout": 1})
     job = desk.submit(WAITS + "srun -N3 -n3 bash -c 'echo on $SLURMD_NODENAME'; echo srun $?\n", "-N3")
     desk.exists("up.")
-    desk.lose_node("node2")
+    desk.cluster.lose_node("node2")
     desk.write("go", "")
     text = desk.until(lambda: "srun 233\n" in desk.output(job) and desk.output(job), "srun to give up")
     assert "on node1\n" in text and "on node3\n" in text
     assert ("srun: error: Task launch for StepId=%s.0 failed on node node2: Communication connection failure\n"
             "srun: error: Application launch failed: Communication connection failure\nsrun: Job step aborted\n" % job) in text
     if not REAL:
-        desk.return_node("node2")
+        desk.cluster.return_node("node2")
 
 
 def test_both_steps_of_their_own_outlive_another_node(both):
@@ -1205,7 +1181,7 @@ def test_both_steps_of_their_own_outlive_another_node(both):
                       "while [ ! -e go ]; do sleep 0.02; done\n", "-N3", "--no-kill")
     for name in ("up1", "up2", "up3", "up.all0", "up.all1", "up.all2"):
         desk.exists(name)
-    desk.lose_node("node2")
+    desk.cluster.lose_node("node2")
     desk.until(lambda: desk.show(job, "%N") == "node[1,3]", "the job to shrink")
     desk.until(lambda: desk.output(job).count("srun: error: Node failure on node2\n") == 2, "both sruns to say so")
     assert desk.living("sleep", "1000") == ["node1", "node1", "node3", "node3"]
@@ -1218,14 +1194,14 @@ def test_both_a_driver_that_is_cut_off_lives_on_beside_its_successor(both):
     job = desk.submit("srun -N2 -n2 sleep 1000\necho srun $? >> ends.${SLURM_RESTART_COUNT-0}\n"
                       "touch up.${SLURM_RESTART_COUNT-0}; exec sleep 999\n", "-N2", "--open-mode=append")
     desk.until(lambda: desk.living("sleep", "1000") == ["node1", "node2"], "the step")
-    desk.lose_node("node1", kill=False)
+    desk.cluster.lose_node("node1", kill=False)
     desk.until(lambda: "Node failure on node1" in desk.output(job), "its srun to say so")
     desk.exists("up.0")
     assert desk.read("ends.0") == "srun 143\n", "its task on node2 was told to go"
     desk.until(lambda: desk.show(job, "%T %B") in ("RUNNING node2", "RUNNING node3"), "the successor")
     desk.until(lambda: len(desk.living("sleep", "1000")) >= 2, "its step")
     assert desk.living("sleep", "999") == ["node1"], "the old driver has heard nothing"
-    desk.return_node("node1")
+    desk.cluster.return_node("node1")
     desk.until(lambda: desk.living("sleep", "999") == [], "the old driver to be swept away")
     desk.run("scancel", job)
 
@@ -1234,8 +1210,8 @@ def test_both_a_node_that_returns_in_time_was_never_away(both):
     desk = both(real={"SlurmdTimeout": 60}, fake={"SlurmdTimeout": 600})
     job = desk.submit(AGENT % "-N2 -n2", "-N2")
     desk.exists("up0"), desk.exists("up1")
-    desk.lose_node("node2", kill=False)
-    desk.return_node("node2")
+    desk.cluster.lose_node("node2", kill=False)
+    desk.cluster.return_node("node2")
     assert desk.show(job) == "RUNNING" and len(desk.living("sleep", "1000")) == 2
     desk.run("scancel", job)
     assert desk.until_done(job) == "CANCELLED"

@@ -22,7 +22,6 @@ os.environ["LLMRUN_BENCH"] = "real"
 from conftest import TINY_MODEL, Site, wait_for  # noqa: E402
 from fakes.build import make_build, make_model  # noqa: E402
 from real.cluster import RealCluster  # noqa: E402
-from real.test_hosts import power_off  # noqa: E402
 
 SLOTS, TOKENS_PER_S = 2, 20
 
@@ -43,7 +42,7 @@ def main(count):
             wait_for("half of the answers", lambda: len(site.journal()) >= count // 2, 600)
             where = [event["nodes"][0] for event in site.events() if event["event"] == "start"]
             cluster.cut(where[1])
-            power_off(cluster, where[2])
+            cluster.lose_node(where[2])
             lost_at, before = time.time(), len(site.journal())
             wait_for("the end", lambda: (site.run / "results" / "results.jsonl").exists(), 900)
             site.ended()

@@ -135,6 +135,8 @@ def main(rounds):
             for count in TRIED:
                 hand[count].append(by_hand(folder, command, count))
     best, times = min(hand.items(), key=lambda item: statistics.median(item[1]))
+    for what, seen in [("llmrun", mine)] + [(f"{count} at a time", seen) for count, seen in hand.items()]:
+        print(f"{what:15} " + " ".join(f"{took:6.2f}" for took in seen) + f"  median {statistics.median(seen):.2f} s")
     print(f"busy slots between the first and the last full moment: {100 * share:.1f}% ({samples} samples)")
     print(f"llmrun {statistics.median(mine):.2f} s; by hand, best of {TRIED}: {statistics.median(times):.2f} s at {best} at a time; "
           f"ratio {statistics.median(mine) / statistics.median(times):.3f}")

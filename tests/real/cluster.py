@@ -112,7 +112,7 @@ class RealCluster:
         self.kill_wait, self.proctrack = kill_wait, proctrack.replace("proctrack/", "")
         self.partitions, self.settings = partitions or {}, settings
         self.hosts, self.shared = hosts, shared
-        self.keeper = None
+        self.keeper, self.returned = None, []
 
     @property
     def env(self):
@@ -145,7 +145,11 @@ class RealCluster:
             self.keeper.terminate()
         said = self.keeper.stdout.read().decode(errors="replace")
         keeper, self.keeper = self.keeper, None
-        if keeper.wait() != 0:
+        keeper.wait()
+        for daemon in self.returned:
+            kill_all([pid for pid, _ in descendants(daemon.pid)] + [daemon.pid])
+            daemon.wait()
+        if keeper.returncode:
             raise RuntimeError("Slurm did not stop cleanly:\n" + said + self.log("keeper"))
 
     def __enter__(self):
@@ -156,7 +160,10 @@ class RealCluster:
 
     def processes(self):
         """(pid, node, argv) of every living process of this cluster's jobs, escaped ones too."""
-        return job_processes(self.keeper.pid) if self.keeper else []
+        return [found for root in self.roots() for found in job_processes(root)]
+
+    def roots(self):
+        return [daemon.pid for daemon in [self.keeper, *self.returned] if daemon and daemon.poll() is None]
 
     def log(self, name):
         """The text of logs/NAME.log: keeper, slurmctld, slurmd-node1, munged."""
@@ -173,6 +180,17 @@ class RealCluster:
     def daemon(self, node):
         """The pid of a node's slurmd, for tests that take a node away."""
         return int((self.folder / "state" / ("slurmd-%s.pid" % node)).read_text())
+
+    def lose_node(self, name, kill=True):
+        """Its slurmd is gone; kill: with all that runs there, as when its power fails."""
+        doomed = [pid for pid, node, _ in self.processes() if node == name] if kill else []
+        stepds = [pid for root in self.roots() for pid, argv in descendants(root) if argv and "slurmstepd" in argv[0]
+                  and {below for below, _ in descendants(pid)} & set(doomed)]
+        kill_all([self.daemon(name), *stepds, *doomed])
+
+    def return_node(self, name):
+        self.returned.append(subprocess.Popen([program("slurmd"), "-D", "-N", name], env=self.env,
+                                              stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
 
     def address(self, node):
         """What others reach a node by."""
@@ -451,9 +469,7 @@ def end_everything(folder):
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         end_jobs(folder)
     while descendants(me) and time.monotonic() < deadline:
-        for pid, _ in descendants(me):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(pid for pid, _ in descendants(me))
         time.sleep(0.02)
         reap()
     remove_cgroups(int(setting(folder, "FirstJobId")))
@@ -475,6 +491,12 @@ def end_jobs(folder):
     while any("slurmstepd" in argv[0] for _, argv in descendants(os.getpid()) if argv) and time.monotonic() < deadline:
         time.sleep(0.02)
         reap()
+
+
+def kill_all(pids):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def remove_cgroups(first_job):

@@ -1,12 +1,8 @@
 """Nodes that are hosts of their own: addresses, ports, host names and /tmp, a firewall, a pulled cable, a power failure."""
 
-import contextlib
-import os
-import signal
-
 import pytest
 from conftest import Site
-from real.cluster import RealCluster, descendants
+from real.cluster import RealCluster
 
 
 @pytest.fixture
@@ -20,15 +16,6 @@ def hosts(tmp_path, engine):
         site = Site(tmp_path / "home", cluster, engine)
         site.config()
         yield site
-
-
-def power_off(cluster, node):
-    doomed = [pid for pid, where, _ in cluster.processes() if where == node]
-    stepds = [pid for pid, argv in descendants(cluster.keeper.pid) if "slurmstepd" in argv[0]
-              and {below for below, _ in descendants(pid)} & set(doomed)]
-    for pid in [cluster.daemon(node), *stepds, *doomed]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def test_workers_are_reached_by_their_hosts_addresses(hosts):
@@ -55,5 +42,5 @@ def test_a_pulled_cable_and_a_power_failure_cost_no_prompt(hosts):
     where = [event["nodes"][0] for event in hosts.events() if event["event"] == "start"]
     assert len(set(where)) == 4
     hosts.cluster.cut(where[1])
-    power_off(hosts.cluster, where[2])
+    hosts.cluster.lose_node(where[2])
     hosts.ended(timeout_s=200)
