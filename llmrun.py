@@ -3642,12 +3642,15 @@ class Journal:
             self.lost = file
             raise
 
-    def fail(self, error):
+    def hold(self, trouble):
         """Keep everything since the last good sync for a new segment, and say so."""
         self.lines, self.unsynced = self.unsynced + self.lines, []
         if not self.trouble:
-            self.tell("journal_trouble", why=os_reason(error), held=len(self.lines))
-        self.trouble = os_reason(error)
+            self.tell("journal_trouble", why=trouble, held=len(self.lines))
+        self.trouble = trouble
+
+    def fail(self, error):
+        self.hold(os_reason(error))
         if self.timer:
             self.timer.cancel()
         self.timer = asyncio.get_running_loop().call_later(self.AGAIN_AFTER_S, self.try_again)
@@ -3661,6 +3664,9 @@ class Journal:
         except OSError as error:
             self.fail(error)
             return
+        self.well()
+
+    def well(self):
         self.unsynced, self.trouble = [], ""
         self.tell("journal_well")
 
@@ -3671,16 +3677,22 @@ class Journal:
             await asyncio.sleep(0.1)
 
     def close(self):
-        """Everything is on disk when this returns; OSError if it cannot be."""
+        """Everything is on disk when this returns; after an OSError it may be tried again."""
         for waiting in (self.timer, self.syncing):
             if waiting:
                 waiting.cancel()
         if self.lost == self.file and not self.trouble:
-            self.trouble, self.lines, self.unsynced = "not synced", self.unsynced + self.lines, []
+            self.hold("not synced")
+        try:
+            if self.trouble:
+                self.open_segment()
+            self.write_lines()
+            self.disk.sync(self.file)
+        except OSError as error:
+            self.hold(os_reason(error))
+            raise
         if self.trouble:
-            self.open_segment()
-        self.write_lines()
-        self.disk.sync(self.file)
+            self.well()
         self.disk.close(self.file)
 
 
@@ -4618,9 +4630,10 @@ def drive(run, allocation, shape=0, failed_again=False):
 def finish(run, config, life, allocation, shape, journal, tally, claims, ending):
     """Flush the journal, then merge if all is done, or see that somebody goes on; the facts of the end."""
     code, why, following = ending.code, ending.why, ""
-    patience_s = 300.0 if ending.code == DONE else 0.0  # whoever is told to end has no time
+    told = ending.code not in (DONE, CLUSTER_FAILED)
+    patience_s = 0.0 if told else min(300.0, allocation.ends_at - clock() - LAST_MOMENTS_S)
     try:
-        journal.close()
+        patiently("cannot write the results", journal.close, patience_s)
         if claims:
             claims.end()
             prompts, claims.marks = claims.marks.prompts, None  # a million's places take 8 MB

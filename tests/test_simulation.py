@@ -223,5 +223,5 @@ def test_a_line_that_was_lost_after_it_was_read_is_taken_from_the_new_segment(ru
     (run.journal / f"{life}.1.jsonl").write_bytes(whole)
     monkeypatch.setattr(llmrun, "write_results", lambda run, config, marks: told.extend(marks.lines((llmrun.Marks.DONE,))))
     journal = types.SimpleNamespace(close=lambda: None)
-    llmrun.finish(run, None, life, types.SimpleNamespace(job=1), 0, journal, llmrun.Tally(), claims, llmrun.Ending(llmrun.DONE))
+    llmrun.finish(run, None, life, types.SimpleNamespace(job=1, ends_at=llmrun.math.inf), 0, journal, llmrun.Tally(), claims, llmrun.Ending(llmrun.DONE))
     assert told == [(0, whole)]

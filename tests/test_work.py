@@ -308,13 +308,22 @@ class Disk:
         return os.fsync(file)
 
 
-@pytest.mark.parametrize("what, failing", [("write", range(2, 4)), ("fsync", range(2, 5)), ("write", range(1, 8))])
-def test_a_disk_that_fails_for_a_while_costs_no_result(tmp_path, monkeypatch, what, failing):
+def sixty(tmp_path):
+    """A run of sixty prompts, and they."""
     config = llmrun.build_config(llmrun.Config, {"engine": {"name": "echo"}, "run_dir": str(tmp_path / "runs"), "prompts": {
         "user": str(tmp_path / "in.jsonl"), "template": "{x}"}}, "c", None)
     (tmp_path / "in.jsonl").write_text("".join(f'{{"x": "{n}"}}\n' for n in range(60)))
     run = llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
-    prompts = llmrun.Input.load(run, config, "m")
+    return run, llmrun.Input.load(run, config, "m")
+
+
+def result_of(prompts, number):
+    return llmrun.Result(prompts.prompt(number), 200, b"{}", {}, None, 0, 0, 1, 0)
+
+
+@pytest.mark.parametrize("what, failing", [("write", range(2, 4)), ("fsync", range(2, 5)), ("write", range(1, 8))])
+def test_a_disk_that_fails_for_a_while_costs_no_result(tmp_path, monkeypatch, what, failing):
+    run, prompts = sixty(tmp_path)
     monkeypatch.setattr(llmrun.Journal, "SYNC_AFTER_S", 0.05)
     monkeypatch.setattr(llmrun.Journal, "AGAIN_AFTER_S", 0.05)
     monkeypatch.setattr(llmrun.Journal, "WRITE_AFTER_S", 0.01)
@@ -323,7 +332,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_result(tmp_path, monkeypatch, wh
 
     async def work():
         for number in range(60):
-            journal.add(llmrun.Result(prompts.prompt(number), 200, b"{}", {}, None, 0, 0, 1, 0))
+            journal.add(result_of(prompts, number))
             await asyncio.sleep(0.01)
         while journal.trouble:
             await asyncio.sleep(0.01)
@@ -336,6 +345,24 @@ def test_a_disk_that_fails_for_a_while_costs_no_result(tmp_path, monkeypatch, wh
     marks = llmrun.Marks(run, prompts)
     assert marks.count(llmrun.Marks.DONE) == 60
     assert len(list(marks.lines((llmrun.Marks.DONE,)))) == 60
+
+
+@pytest.mark.parametrize("what", ["write", "fsync"])
+def test_a_journal_that_could_not_be_closed_is_closed_later(tmp_path, monkeypatch, what):
+    """As when a node is lost while the disk is full: the driver waits for room, and then another life goes on."""
+    run, prompts = sixty(tmp_path)
+    journal = llmrun.Journal(run, run.new_life(0, 0))
+
+    async def work():
+        journal.add(*(result_of(prompts, number) for number in range(60)))
+    asyncio.run(work())
+    with monkeypatch.context() as patch:
+        patch.setattr(llmrun, "os", Disk(lambda calls, name: name == what and calls <= 2))
+        for _ in range(2):
+            with pytest.raises(OSError):
+                journal.close()
+        journal.close()
+    assert llmrun.Marks(run, prompts).count(llmrun.Marks.DONE) == 60
 
 
 def test_no_prompt_is_sent_while_results_cannot_be_written():
