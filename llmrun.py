@@ -127,7 +127,7 @@ def os_reason(error):
 def write_file(path, text, mode=0o644):
     """Write a file that is either whole under its name or not there at all."""
     path = Path(path)
-    data = text if isinstance(text, bytes) else text.encode()
+    data = text if isinstance(text, bytes) else text.encode(errors="replace")
     handle, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=f".{path.name[:64]}.")
     try:
         with open(handle, "wb") as file:
@@ -182,6 +182,14 @@ scan_json = json.JSONDecoder().scan_once
 encode_text = json.encoder.encode_basestring  # a text as JSON, in quotes
 
 
+def json_bytes(value):
+    """A value as JSON in UTF-8; in ASCII where a text holds half of a character, which has no UTF-8."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()
+
+
 def read_json(data):
     """json.loads for the many small bodies of a run, where what stands around the parser costs as much as it."""
     text = data.decode().strip()
@@ -189,6 +197,8 @@ def read_json(data):
         value, end = scan_json(text, 0)
     except StopIteration as stop:
         raise json.JSONDecodeError("Expecting value", text, stop.value)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0)
     if end != len(text):
         raise ValueError("more than one JSON value")
     return value
@@ -1594,7 +1604,7 @@ class Events:
             self.append(event, **facts)
 
     def append(self, event, **facts):
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **facts}, ensure_ascii=False).encode() + b"\n"
+        line = json_bytes({"time": round(time.time(), 3), "event": event, **facts}) + b"\n"
         whole, self.torn = b"\n" * self.torn + line, True
         if os.write(self.file, whole) < len(whole):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -2004,13 +2014,15 @@ class Client:
         opening = loop.create_connection(lambda: Connection(self), self.host, self.port)
         try:
             _, connection = await within(CONNECT_TIMEOUT_S, opening)
-        except (OSError, asyncio.TimeoutError) as error:
+        except (OSError, ValueError, OverflowError, asyncio.TimeoutError) as error:
             return then(Unreachable(f"cannot connect to {self.host} port {self.port}: {error or 'no answer'}"))
+        if self.closed:
+            connection.transport.abort()
+        if connection.transport.is_closing():  # no end of it will be told any more
+            return then(WireError("the connection broke: closed as soon as it was open"))
         if self.sweeping is None:
             self.sweeping = loop.call_later(1.0, self.sweep)
         self.post(connection, request, limit, then)
-        if self.closed:
-            connection.transport.abort()
 
     def sweep(self):
         """One timer for all connections: a timer for each request would cost more than the request."""
@@ -3435,7 +3447,7 @@ def scan_source(source, asking, skipped, hashes, tell):
                 try:
                     record = read_record(source.kind, source.columns, data)
                     custom_id, _, body = asking.of_record(source, record, len(index) // 2)
-                    check_body(body)
+                    check_request(custom_id, body)
                     splices.add(asking.splice(data, record, body))
                 except BadRow as bad:
                     skip_or_fail(asking, f"{source.path}:{line}", bad, skipped)
@@ -3456,9 +3468,10 @@ def scan_source(source, asking, skipped, hashes, tell):
                            digest=scanner.hash.hexdigest()), index
 
 
-def check_body(body):
-    """Refuse what could not be sent when its turn comes."""
+def check_request(custom_id, body):
+    """Refuse what could not be sent, or kept, when its turn comes."""
     try:
+        custom_id.encode()
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRow("it holds half of a character (a lone surrogate); write the whole character")
@@ -3774,19 +3787,27 @@ class Marks:
                     yield number, file.readline()
 
 
+MISSHAPEN = (ValueError, TypeError, AttributeError, LookupError)  # what reading a strange answer raises
+
+
 def answer_of(body):
-    """What an answer says, whichever engine and endpoint gave it: its text, its reasoning, why it ended."""
-    choice = (body.get("choices") or [{}])[0]
-    message = choice.get("message") or {}
-    text = message.get("content") or choice.get("text") or message.get("refusal") or ""
-    if not text and message.get("tool_calls"):
-        text = json.dumps(message["tool_calls"], ensure_ascii=False)
-    if not text and body.get("data"):
-        text = json.dumps(body["data"][0].get("embedding"))
-    usage = body.get("usage") or {}
-    return {"answer": text, "reasoning": message.get("reasoning_content") or message.get("reasoning") or "",
-            "finish_reason": choice.get("finish_reason") or "", "prompt_tokens": usage.get("prompt_tokens", 0),
-            "completion_tokens": usage.get("completion_tokens", 0)}
+    """What an answer says, whichever engine and endpoint gave it: its text, its reasoning, why it ended. One that has
+    the shape of none says nothing."""
+    try:
+        choice = (body.get("choices") or [{}])[0]
+        message = choice.get("message") or {}
+        text = message.get("content") or choice.get("text") or message.get("refusal") or ""
+        if not text and message.get("tool_calls"):
+            text = message["tool_calls"]
+        if not text and body.get("data"):
+            text = body["data"][0].get("embedding")
+        usage = body.get("usage") or {}
+        return {"answer": text if isinstance(text, str) else json.dumps(text, ensure_ascii=False),
+                "reasoning": message.get("reasoning_content") or message.get("reasoning") or "",
+                "finish_reason": choice.get("finish_reason") or "", "prompt_tokens": usage.get("prompt_tokens") or 0,
+                "completion_tokens": int(usage.get("completion_tokens") or 0)}
+    except MISSHAPEN:
+        return answer_of({})
 
 
 def columns_of(record):
@@ -3854,7 +3875,7 @@ def write_csv(folder, config, prompts, marks, wanted):
     def row(cells):
         buffer = io.StringIO()
         csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue().encode()
+        return buffer.getvalue().encode(errors="replace")
 
     def rows():
         yield row(source.columns + columns)
@@ -4097,7 +4118,7 @@ class Desk:
         self.broken = {}  # key → when its connection broke, unless it was answered since
         self.alone = None  # the same of a suspect, which is asked alone
         self.came = []  # (key, Message or WireError)
-        self.turn = asyncio.Event()
+        self.turn, self.alarm = asyncio.Event(), None
 
     def ask(self, prompt, attempts, began, limit):
         self.under_way[prompt.key] = prompt, attempts, began
@@ -4106,6 +4127,12 @@ class Desk:
     def put(self, key, outcome):
         self.came.append((key, outcome))
         self.turn.set()
+
+    def look_again(self, delay_s):
+        """Wake the pump after a while, once."""
+        loop = asyncio.get_running_loop()
+        if not self.alarm or self.alarm.when() <= loop.time():
+            self.alarm = loop.call_later(delay_s, self.turn.set)
 
     def take(self):
         came, self.came = self.came, []
@@ -4133,6 +4160,7 @@ class Pump:
         self.timers = {}  # key → (timer, prompt, attempts) of those whose time to be asked once more has not come
         self.unfinished = 0  # taken from the input and not finished
         self.exhausted = self.draining = False
+        self.over = asyncio.Event()  # nothing is left to ask or to wait for, not even for an engine that starts
         self.first_sent = None
         self.usual_s = 0.0  # how long a prompt takes: a moving average of the answered ones
         self.deaths = collections.Counter()  # key → how many engines died while it was under way
@@ -4140,21 +4168,23 @@ class Pump:
 
     async def run(self, pairs):
         """Work with each replica from the moment it is ready; fails when the last one has."""
+        over = asyncio.ensure_future(self.over.wait())
         tasks = [asyncio.ensure_future(self.work_with(*pair)) for pair in pairs]
         try:
-            errors = []
-            for task in asyncio.as_completed(tasks):
-                try:
-                    await task
-                    if self.finished:
-                        return
-                except ClusterError as error:
-                    errors.append(error)
-            raise errors[-1]
+            left, error = {over, *tasks}, None
+            while len(left) > 1:
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                if over in done:
+                    return
+                for task in done:
+                    error = task.exception()
+                    if not isinstance(error, ClusterError):
+                        return task.result()
+            raise error
         finally:
-            for task in tasks:
+            for task in [over, *tasks]:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(over, *tasks, return_exceptions=True)
 
     @property
     def finished(self):
@@ -4181,10 +4211,20 @@ class Pump:
                 try:
                     await replica.recover(error)
                 except ClusterError:
-                    self.again.extend(self.suspects)  # whoever is left must ask them
-                    self.suspects.clear()
-                    self.wake_all()
+                    self.give_up(desk)
                     raise
+            except ClusterError:  # a node was lost
+                self.give_up(desk)
+                raise
+
+    def give_up(self, desk):
+        """Whoever is left must ask what was to be asked alone here."""
+        if desk.alone:
+            prompt, attempts, _ = desk.alone
+            self.put_back(prompt, attempts)
+        self.again.extend(self.suspects)
+        self.suspects.clear()
+        self.wake_all()
 
     def time_left(self):
         """How long a prompt that is asked now may take."""
@@ -4207,8 +4247,7 @@ class Pump:
         if self.usual_s > self.time_left() and not self.draining:
             self.drain()
         if self.held():
-            asyncio.get_running_loop().call_later(self.REST_S, desk.turn.set)
-            return
+            return desk.look_again(self.REST_S)
         taken = self.take(desk.replica.engine.in_flight - len(desk.under_way))
         now = clock()
         limit = now + self.time_left()
@@ -4235,14 +4274,14 @@ class Pump:
     def settle_all(self, desk):
         results = []
         for key, outcome, reply in [(key, outcome, reply_of(outcome)) for key, outcome in desk.take()]:
-            if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
-                asyncio.get_running_loop().call_later(self.REST_S, self.not_asked, desk, key)
-                continue
-            prompt, attempts, began = desk.under_way.pop(key)
             if isinstance(outcome, WireError):
                 desk.broken[key] = clock()
             elif desk.broken:
                 desk.broken.pop(key, None)
+            if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
+                asyncio.get_running_loop().call_later(self.REST_S, self.not_asked, desk, key)
+                continue
+            prompt, attempts, began = desk.under_way.pop(key)
             result = self.settle(desk, prompt, attempts + 1, began, reply)
             if result:
                 results.append(result)
@@ -4266,6 +4305,8 @@ class Pump:
     def wake_all(self):
         for desk in self.desks.values():
             desk.turn.set()
+        if self.finished:
+            self.over.set()
 
     def put_back(self, prompt, attempts):
         if self.draining:
@@ -4318,6 +4359,7 @@ class Pump:
             desk.replica.forgive()
             self.finish([self.conclude(desk, prompt, attempts + 1, began, no_reply(
                 "engine_died", "in flight when the engine died, also when it was asked alone"))])
+            desk.alone = None
         suspected = {key for key, broke in desk.broken.items() if broke > since}
         self.deaths.update(suspected)
         suspected = {key for key in suspected if self.deaths[key] >= 2}
@@ -4362,9 +4404,9 @@ def reply_of(outcome):
     if head.streams:
         try:
             answer = assemble_stream(body)
-        except ValueError as broken:
+        except MISSHAPEN as broken:
             return no_reply("stream", str(broken))
-        return status, json.dumps(answer, ensure_ascii=False).encode(), answer, None, wait_s
+        return status, json_bytes(answer), answer, None, wait_s
     try:
         answer = read_json(body)
         if not isinstance(answer, dict):
@@ -4376,7 +4418,7 @@ def reply_of(outcome):
         answer = {"error": {"message": text}}
         return status, json.dumps(answer).encode(), answer, None, wait_s
     if b"\n" in body:
-        body = json.dumps(answer, ensure_ascii=False).encode()
+        body = json_bytes(answer)
     return status, body, answer, None, wait_s
 
 

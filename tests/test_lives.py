@@ -14,13 +14,13 @@ SLOT = "export SLURM_JOB_END_TIME=$(( $(date +%s) + 22 ))"  # a time limit in se
 
 def test_a_batch_of_three_time_slots_is_one_submit(site_on):
     site = site_on()
-    site.slow(40)
+    site.slow(60)
     site.config(environment={"setup": [SLOT]}, slurm={"nodes": 2})
     site.llmrun("submit", "config.json")
     site.ended()
     assert len(site.lives()) >= 3 and all(name.split(".")[0] == site.lives()[0].split(".")[0] for name in site.lives())
     assert {end["next"] for end in site.ends()[:-1]} == {"requeued"}
-    assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == 40, "nothing asked twice"
+    assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == 60, "nothing asked twice"
 
 
 @pytest.mark.parametrize("proctrack", ["cgroup", "linuxproc"])

@@ -255,6 +255,33 @@ def test_the_text_of_any_kind_of_answer(body, text):
     assert llmrun.answer_of(body)["answer"] == text
 
 
+@pytest.mark.parametrize("body", [
+    {"choices": None}, {"choices": [None]}, {"choices": "x"}, {"choices": {"0": 1}}, {"choices": [{"message": "x"}]}, {"data": 5},
+    {"data": [5]}, {"usage": "much"}, {"choices": [{}], "usage": {"completion_tokens": "many"}}, {"usage": {"completion_tokens": [1]}}])
+def test_an_answer_of_a_strange_shape_says_nothing_and_counts_as_empty(three, body):
+    tally = llmrun.Tally()
+    tally.add(result(three[2], 0)._replace(answer=body))
+    assert llmrun.answer_of(body)["answer"] == "" and (tally.answers, tally.empty) == (1, 1)
+
+
+def test_content_in_parts_is_kept_as_json():
+    parts = [{"type": "text", "text": "x"}]
+    assert json.loads(llmrun.answer_of({"choices": [{"message": {"content": parts}}]})["answer"]) == parts
+
+
+def test_an_answer_with_half_of_a_character_is_written_like_any_other(tmp_path):
+    (tmp_path / "in.csv").write_text("id,q\n1,a\n")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hi")
+    for user, written in (("in.csv", "in.csv"), ("texts", "a.txt")):
+        config = config_for(tmp_path, user, template="{q}")
+        run, prompts = frozen_input(tmp_path, config)
+        body = json.dumps({"choices": [{"message": {"content": "half \ud83d"}}]}).encode()
+        journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 0)._replace(body=body)))
+        folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+        assert "half ?" in (folder / written).read_text()
+
+
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_reasoning_is_kept_under_either_name(name):
     assert llmrun.answer_of({"choices": [{"message": {"content": "x", name: "since"}}]})["reasoning"] == "since"

@@ -98,6 +98,29 @@ def test_a_server_may_have_an_ipv6_address():
     run(work())
 
 
+def test_a_connection_that_ends_as_it_begins_is_an_error_at_once(monkeypatch):
+    """Its end may be told before anybody waits for an answer over it."""
+    opened = llmrun.within
+
+    async def opened_and_ended(time_s, opening):
+        transport, connection = await opened(time_s, opening)
+        transport.abort()
+        while connection in connection.client.all:
+            await asyncio.sleep(0.001)
+        return transport, connection
+    monkeypatch.setattr(llmrun, "within", opened_and_ended)
+    with pytest.raises(llmrun.WireError, match="as soon as it was open"):
+        run(ask(OK))
+
+
+@pytest.mark.parametrize("host, port", [("a..b", 80), ("127.0.0.1", 70000)])
+def test_an_address_that_is_none_is_unreachable(host, port):
+    async def work():
+        await llmrun.Client(host, port).request("GET", "/")
+    with pytest.raises(llmrun.Unreachable, match="cannot connect"):
+        run(work())
+
+
 def test_nobody_there_is_told_apart_from_a_broken_answer():
     async def work():
         await llmrun.Client("127.0.0.1", 1).request("GET", "/")

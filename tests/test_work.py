@@ -250,6 +250,67 @@ def test_a_replica_lost_while_results_cannot_be_written_loses_no_prompt():
     asyncio.run(asyncio.wait_for(work(), 20))
 
 
+def test_draining_does_not_wait_for_an_engine_that_starts_again(monkeypatch):
+    monkeypatch.setattr(llmrun.Pump, "DEATH_PAUSE_S", 0.01)
+    monkeypatch.setattr(Group, "recover", lambda group, error: asyncio.sleep(1000))
+
+    async def die_and_drain(pump, groups, results):
+        while len(results) < 4:
+            await asyncio.sleep(0.005)
+        groups[0].fail()
+        await asyncio.sleep(0.1)
+        pump.drain()
+    results, took = pumped(1000, Engine(2, 0.02), meanwhile=die_and_drain)
+    assert took < 5 and len(results) >= 4
+
+
+def test_a_suspect_whose_node_is_lost_is_asked_by_another():
+    """It was asked alone, and its replica is gone for good: its prompt, and the other suspects, are not."""
+    engines = [Engine(2, 1000), Engine(2)]
+
+    async def lose(pump, groups, results):
+        while not engines[0].asked:
+            await asyncio.sleep(0.005)
+        groups[0].failed.set_result(llmrun.NodeLost("node1", "the node was lost", ""))
+
+    async def work():
+        groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
+        results = []
+        pump = llmrun.Pump(taken_from(range(5)), read, results.extend, llmrun.math.inf)
+        pump.suspects.extend([(read(98), 2), (read(99), 2)])
+        pump.unfinished = 2
+        losing = asyncio.ensure_future(lose(pump, groups, results))
+        pairs = [(group, asyncio.ensure_future(asyncio.sleep(0.3 * group.number))) for group in groups]
+        await pump.run(pairs)
+        losing.cancel()
+        for group in groups:
+            group.client.close()
+            group.engine.server.close()
+        assert sorted(result.prompt.key[1] for result in results) == [0, 1, 2, 3, 4, 98, 99]
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_waiting_for_the_disk_does_not_grow_busier(monkeypatch):
+    """However often the pump is woken meanwhile, it looks twenty times a second."""
+    looked, engine = [], Engine(2)
+
+    async def work():
+        group = Group(0, engine, await engine.start())
+        pump = llmrun.Pump(taken_from(range(1)), read, lambda results: None, llmrun.math.inf, lambda: looked.append(1) or "full")
+        running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0)))]))
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+            pump.wake_all()
+        looked.clear()
+        await asyncio.sleep(0.5)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        group.client.close()
+        engine.server.close()
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert 0 < len(looked) <= 15
+
+
 def test_draining_does_not_wait_for_those_to_be_asked_again():
     engine = Engine(2, 0.02, faults=lambda number: answer("later", 429, "Retry-After: 60\r\n") if number == 0 else None)
 
@@ -274,6 +335,18 @@ def test_a_stream_is_put_together_like_an_answer_that_came_whole():
     assert llmrun.answer_of(read_body) == {"answer": "Hello", "reasoning": "", "finish_reason": "stop", "prompt_tokens": 0,
                                            "completion_tokens": 2}
     assert read_body["object"] == "chat.completion"
+
+
+def test_a_stream_with_half_of_a_character_is_kept():
+    half = b'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\ndata: [DONE]\n\n'
+    status, body, answer, _, _ = llmrun.reply_of(llmrun.Message(STREAM_HEAD, half))
+    assert status == 200 and json.loads(body) == answer and answer["choices"][0]["message"]["content"] == "\ud83d"
+
+
+@pytest.mark.parametrize("piece", [b"null", b"5", b'{"choices":[null]}', b'{"choices":[{"delta":null}]}', b'{"choices":5}', b'"x"'])
+def test_a_stream_of_a_strange_shape_is_no_answer(piece):
+    status, _, _, error, _ = llmrun.reply_of(llmrun.Message(STREAM_HEAD, b"data: " + piece + b"\n\ndata: [DONE]\n\n"))
+    assert status == 0 and error["code"] == "stream"
 
 
 @pytest.mark.parametrize("end, words", [(b"", "no end"), (b'data: {"error":{"message":"full"}}\n\n', "full")])
