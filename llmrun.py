@@ -1350,7 +1350,8 @@ def check_partition(config, partitions, nodes):
 #
 # Owns the run directory: all state of a run is files in it, and this is the only place that knows
 # their paths. A start of a driver is a life; each life writes its own events, logs and journal, so
-# no file ever has two writers. Leaves to others what the files say.
+# no file ever has two writers. From the events, and Slurm's word, it says where a run stands; what is
+# in the other files is left to others.
 # ═══════════════════════════════════════════════════════════════════════════════
 
 
@@ -1609,6 +1610,177 @@ class Events:
         if os.write(self.file, whole) < len(whole):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.torn = False
+
+
+PHASES = {"start": "starting", "agents_up": "starting the engine", "engine_started": "loading the model",
+          "ready": "answering", "answered": "tearing down", "stopping": "stopping", "draining": "finishing",
+          "engine_died": "starting the engine again"}
+VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAILED: "failed", WORK_LEFT: "stopped",
+            INTERRUPTED: "interrupted"}
+
+
+def state_of(run, jobs, slurm):
+    """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
+    submits, total = run.submits(), shape_of(run.folder)
+    submitted = list(submits)
+    lives = [state_of_life(run, life, jobs, slurm) for life in run.lives()]
+    state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
+             "detail": "", "done": 0, "failed": 0, "total": total, "tokens_per_s": 0.0, "left_s": None,
+             "exit_code": None, "nodes": [], "lost": [], "jobs": 0}
+    if not lives:
+        return dict(state, **state_before_start(run, state["job"], jobs.get(state["job"])))
+    complete = [life for life in lives if life["exit_code"] in (DONE, SOME_FAILED)]
+    going = [life for life in lives if life["exit_code"] is None]
+    if complete and not any(life["began"] > complete[-1]["ended"] for life in going):
+        going = []
+    ids = {life["job"] for life in lives} | set(submitted)
+    latest = {life["job"]: life for life in lives}
+    waiting = [job for number, job in jobs.items() if number in ids and job.state in ("PENDING", "REQUEUED")
+               and (number not in latest or latest[number]["next"])]  # else it was waiting when Slurm was asked
+    state.update(
+        job=state["job"] or lives[-1]["job"], lost=[lost for life in lives for lost in life["lost"]],
+        done=min(total, sum(life["answered"] for life in lives)), failed=sum(life["own_failed"] for life in lives))
+    if going:
+        return dict(state, **state_of_going(going, state))
+    if complete:
+        shown = complete[-1]
+    elif waiting or is_fresh(submits, lives, jobs):
+        return dict(state, state="pending", detail=pending_words(waiting[0]) if waiting else "just submitted")
+    else:
+        requeued = [life for life in latest.values() if life["next"] == "requeued" and not job_ended(jobs, life)]
+        if requeued:
+            return dict(state, state="pending", detail=f"{requeued[0]['detail']}; it was put back into the queue")
+        last = [life for life in latest.values() if not life["next"]] or lives[-1:]
+        shown = max(last, key=lambda life: life["exit_code"])
+    return dict(state, **{name: shown[name] for name in ("state", "detail", "done", "failed", "exit_code")})
+
+
+def state_of_going(going, state):
+    """The lives that run, as one: the first of them that has got farthest, and the sums."""
+    shown = next((life for life in going if life["state"] == "answering"), going[0])
+    rate = sum(life["prompts_per_s"] for life in going)
+    left = state["total"] - state["done"] - state["failed"]
+    return {"state": shown["state"], "detail": shown["detail"], "jobs": len(going),
+            "nodes": [node for life in going for node in life["nodes"]],
+            "tokens_per_s": round(sum(life["tokens_per_s"] for life in going), 1),
+            "left_s": round(left / rate) if rate else None}
+
+
+def is_fresh(submits, lives, jobs):
+    """Whether a job was submitted that has not begun yet; of one that Slurm has not been asked about, for a minute."""
+    begun = {life["submitted"] for life in lives}
+    return any(jobs[job].state not in ENDED_STATES if job in jobs else time.time() - record["time"] < 60
+               for job, record in submits.items() if job not in begun)
+
+
+def job_ended(jobs, life):
+    """Whether a job that should go on has ended after all: cancelled in the queue, say."""
+    job = jobs.get(life["job"])
+    return job.state in ENDED_STATES if job else time.time() - life["ended"] > 60
+
+
+def state_of_life(run, life, jobs, slurm):
+    """What one life's events say of it, and Slurm where it says nothing more."""
+    state = {"job": life.job, "state": "starting", "detail": "", "answered": 0, "own_failed": 0, "tokens_per_s": 0.0,
+             "prompts_per_s": 0.0, "exit_code": None, "nodes": [], "lost": [], "next": "", "done": 0, "failed": 0}
+    events = run.events(life)
+    for event in events:
+        name = event["event"]
+        if name == "start":
+            state.update(nodes=event["nodes"], began=event["time"], submitted=event["submitted"])
+        if name == "progress":
+            if state["state"] == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
+                state["state"] = "answering"
+            time_s = event["working_s"]
+            state.update(answered=event["answers"] - event["own_failed"], own_failed=event["own_failed"],
+                         tokens_per_s=event["tokens"] / time_s if time_s else 0,
+                         prompts_per_s=event["answers"] / time_s if time_s else 0)
+        if name in PHASES:
+            state.update(state=PHASES[name], detail=event.get("why", ""))
+        if name == "engine_says" and state["state"] == "loading the model":
+            state["detail"] = event["line"]
+        if name == "journal_trouble":
+            state["detail"] = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
+        if name == "journal_well":
+            state["detail"] = ""
+        if name == "node_lost":
+            state["lost"].append(f"{event['node']}: {event['why']}")
+        if name == "end":
+            return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"],
+                        ended=event["time"], exit_code=event["code"], done=event["done"], failed=event["failed"],
+                        answered=event["answered"], own_failed=event["own_failed"], next=event["next"])
+    job = jobs.get(life.job)
+    if is_alive(events[0], job):
+        return dict(state, state="suspended") if job and job.state == "SUSPENDED" else state
+    if job and job.state not in ENDED_STATES and slurm:  # Slurm has yet to see it, and may start it again
+        return dict(state, state="stopping") if job.state != "PENDING" else dict(
+            state, **how_it_died(run, events[0], job, slurm), next="requeued", ended=events[-1]["time"])
+    return dict(state, **how_it_died(run, events[0], job, slurm), ended=events[-1]["time"])
+
+
+@functools.lru_cache(maxsize=None)
+def shape_of(folder):
+    """How many prompts a run has: frozen, so read once."""
+    run = Run(folder)
+    return json.loads(run.input_file("input.json").read_text())["rows"] * run.config().prompts.samples
+
+
+def state_before_start(run, job_id, job):
+    if not job_id:
+        return {"state": "starting"}
+    if job is None or job.state in ENDED_STATES:
+        said = log_tail(run.job_output(job_id))
+        why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
+        return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
+    if job.state == "PENDING":
+        return {"state": "pending", "detail": pending_words(job)}
+    return {"state": "starting", "detail": job.nodes}
+
+
+def pending_words(job):
+    expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
+    return (PENDING_WORDS.get(job.reason, job.reason)
+            + (f"; {job.ahead} waiting jobs come before it" if job.ahead else "")
+            + (f"; expected to start {expected}" if expected else ""))
+
+
+def is_alive(start, job):
+    """Whether the driver of a life still runs: seen from its own host, or by Slurm from any other."""
+    if start["host"] == socket.gethostname():
+        return start["born"] == process_birth(start["pid"])
+    return job is not None and job.state not in ENDED_STATES
+
+
+def how_it_died(run, start, job, slurm):
+    """A driver that ended without a word was killed; Slurm may know by what."""
+    why = ENDINGS.get(job.state, "") if job else ""
+    exit_code = re.search(r"\bExitCode=\d+:(\d+)", slurm.detail(start["job"])) if slurm and start["job"] else None
+    if not why and exit_code and exit_code.group(1) != "0":
+        why = f"by {signal.Signals(int(exit_code.group(1))).name}"
+    return {"state": "killed", "exit_code": CLUSTER_FAILED,
+            "detail": f"the driver was killed{f' ({why})' if why else ''}; finished prompts are kept"}
+
+
+def state_watch(run, slurm):
+    """A function that gives the run's state: its own files each time, Slurm's word at most every 15 s."""
+    jobs, asked, doubted = {}, -math.inf, set()
+
+    def ask():
+        nonlocal jobs, asked
+        asked = clock()
+        with contextlib.suppress(ClusterError):  # Slurm may be away for a while; the run's files are not
+            jobs = slurm.jobs(run.submitted())
+
+    def look():
+        if slurm and clock() - asked >= 15:
+            ask()
+        state = state_of(run, jobs, slurm)
+        if slurm and state["state"] in ("killed", "stopping") and state["job"] not in doubted:
+            doubted.add(state["job"])  # Slurm's word is from before that, so ask once out of turn
+            ask()
+            state = state_of(run, jobs, slurm)
+        return state
+    return look
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -2648,6 +2820,14 @@ class Engine:
         # A few prompts wait at the engine, so that no slot is ever empty.
         self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
 
+    @staticmethod
+    def check(config):
+        """Raise UserError where the config cannot work, as far as the login node knows."""
+
+    def foreseen(self):
+        """What `probe` will most likely find, for a look at the command lines before there are nodes."""
+        return {}
+
     def log_of(self, node, process):
         return str(self.run.logs_of(self.life) / f"{node.name}-{process}.log")
 
@@ -2719,6 +2899,20 @@ class LlamaCpp(Engine):
         super().__init__(config, run, life, group_size)
         self.llama = config.engine.llama
         self.without = () if self.llama.user_settings else self.own_settings
+
+    @staticmethod
+    def check(config):
+        path = config.engine.path
+        server = os.path.join(path, "llama-server") if os.path.isdir(path) else path
+        if path and not os.path.exists(server):
+            raise config.error("engine.path", "no llama-server there", "name the binary, or the folder it lies in")
+        if path and not os.access(server, os.X_OK):
+            raise config.error("engine.path", f"{server} is not executable", "chmod +x it")
+
+    def foreseen(self):
+        path = self.config.engine.path
+        return {"server": os.path.join(path, "llama-server") if os.path.isdir(path) else path or "llama-server",
+                "worker": self.worker_names[0], "flags": ["--fit", "--alias"]}
 
     def ports(self, head):
         fixed = self.config.engine.port if head else self.llama.rpc_port
@@ -2868,6 +3062,27 @@ def explain_failure(who, tail, how):
     telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail[-1:]
     return EngineFailed("", f"{who} ({how}): {one_line(telling[0])[:300] if telling else 'it said nothing'}",
                         "`logs` shows the rest")
+
+
+class ForeseenNode(NamedTuple):
+    """Stands for a node that is not there yet."""
+
+    name: str
+
+    @property
+    def facts(self):
+        return self
+
+    def result(self):
+        return {"cpus": "CPUS"}
+
+
+def preview_engine(config):
+    """The engine's command lines as they will be, with words for what only the nodes know."""
+    engine = ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes)
+    group = [Placed(ForeseenNode(f"NODE{number}"), engine.foreseen(), f"ADDRESS{number}", "PORT", ())
+             for number in range(1, config.slurm.nodes + 1)]
+    return [f"{placed.node.name}: {' '.join(map(quote, process.argv))}" for placed, process in engine.processes(group)]
 
 
 class Here:
@@ -3354,7 +3569,8 @@ class Frozen(NamedTuple):
             write_file(run.input_file(f"{number}.index"), self.indexes[number].tobytes())
             sources.append(source)
         write_file(run.input_file("input.json"), json.dumps(
-            {"sources": sources, "system": self.system, "template": self.template, "skipped": self.skipped}))
+            {"sources": sources, "rows": len(self), "system": self.system, "template": self.template,
+             "skipped": self.skipped}))
 
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
@@ -4983,7 +5199,7 @@ def check_shape(config):
     """The config with its nodes planned, and the plan; an error where its jobs could not run."""
     time_limit_minutes(config)
     plan = plan_nodes(config)
-    check_engine_path(config)
+    ENGINES[config.engine.name].check(config)
     check_output(config)
     check_replicas(config, plan.nodes)
     return dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes)), plan
@@ -5000,17 +5216,6 @@ def check_replicas(config, nodes):
         raise config.error("engine.replicas",
                            f"{nodes} nodes cannot be split into {config.engine.replicas} equal groups",
                            f"set [slurm] nodes to a multiple of {config.engine.replicas}")
-
-
-def check_engine_path(config):
-    path = config.engine.path
-    if config.engine.name != "llama.cpp" or not path:
-        return
-    server = os.path.join(path, "llama-server") if os.path.isdir(path) else path
-    if not os.path.exists(server):
-        raise config.error("engine.path", "no llama-server there", "name the binary, or the folder it lies in")
-    if not os.access(server, os.X_OK):
-        raise config.error("engine.path", f"{server} is not executable", "chmod +x it")
 
 
 def check_output(config):
@@ -5101,29 +5306,6 @@ def command_check(args):
     say()
     say(textwrap.indent(answers["script"], "    "))
     return DONE
-
-
-class PreviewNode(NamedTuple):
-    """Stands for a node that is not there yet."""
-
-    name: str
-
-    @property
-    def facts(self):
-        return self
-
-    def result(self):
-        return {"cpus": "CPUS"}
-
-
-def preview_engine(config):
-    """The engine's command lines as they will be, with words for what only the nodes know."""
-    engine = ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes)
-    known = {"server": os.path.join(config.engine.path, "llama-server") if os.path.isdir(config.engine.path)
-             else config.engine.path or "llama-server", "worker": "ggml-rpc-server", "flags": ["--fit", "--alias"]}
-    group = [Placed(PreviewNode(f"NODE{number + 1}"), known, f"ADDRESS{number + 1}", "PORT", ())
-             for number in range(config.slurm.nodes)]
-    return [f"{placed.node.name}: {' '.join(map(quote, process.argv))}" for placed, process in engine.processes(group)]
 
 
 def command_submit(args):
@@ -5256,178 +5438,6 @@ def serve_echo(host, port, key_file, delay="0"):
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     asyncio.run(echo_server(host, int(port), key_file, float(delay)))
     return DONE
-
-
-PHASES = {"start": "starting", "agents_up": "starting the engine", "engine_started": "loading the model",
-          "ready": "answering", "answered": "tearing down", "stopping": "stopping", "draining": "finishing",
-          "engine_died": "starting the engine again"}
-VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAILED: "failed", WORK_LEFT: "stopped",
-            INTERRUPTED: "interrupted"}
-
-
-def state_of(run, jobs, slurm):
-    """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
-    submits, total = run.submits(), shape_of(run.folder)
-    submitted = list(submits)
-    lives = [state_of_life(run, life, jobs, slurm) for life in run.lives()]
-    state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
-             "detail": "", "done": 0, "failed": 0, "total": total, "tokens_per_s": 0.0, "left_s": None,
-             "exit_code": None, "nodes": [], "lost": [], "jobs": 0}
-    if not lives:
-        return dict(state, **state_before_start(run, state["job"], jobs.get(state["job"])))
-    complete = [life for life in lives if life["exit_code"] in (DONE, SOME_FAILED)]
-    going = [life for life in lives if life["exit_code"] is None]
-    if complete and not any(life["began"] > complete[-1]["ended"] for life in going):
-        going = []
-    ids = {life["job"] for life in lives} | set(submitted)
-    latest = {life["job"]: life for life in lives}
-    waiting = [job for number, job in jobs.items() if number in ids and job.state in ("PENDING", "REQUEUED")
-               and (number not in latest or latest[number]["next"])]  # else it was waiting when Slurm was asked
-    state.update(
-        job=state["job"] or lives[-1]["job"], lost=[lost for life in lives for lost in life["lost"]],
-        done=min(total, sum(life["answered"] for life in lives)), failed=sum(life["own_failed"] for life in lives))
-    if going:
-        return dict(state, **state_of_going(going, state))
-    if complete:
-        shown = complete[-1]
-    elif waiting or is_fresh(submits, lives, jobs):
-        return dict(state, state="pending", detail=pending_words(waiting[0]) if waiting else "just submitted")
-    else:
-        requeued = [life for life in latest.values() if life["next"] == "requeued" and not job_ended(jobs, life)]
-        if requeued:
-            return dict(state, state="pending", detail=f"{requeued[0]['detail']}; it was put back into the queue")
-        last = [life for life in latest.values() if not life["next"]] or lives[-1:]
-        shown = max(last, key=lambda life: life["exit_code"])
-    return dict(state, **{name: shown[name] for name in ("state", "detail", "done", "failed", "exit_code")})
-
-
-def state_of_going(going, state):
-    """The lives that run, as one: the first of them that has got farthest, and the sums."""
-    shown = next((life for life in going if life["state"] == "answering"), going[0])
-    rate = sum(life["prompts_per_s"] for life in going)
-    left = state["total"] - state["done"] - state["failed"]
-    return {"state": shown["state"], "detail": shown["detail"], "jobs": len(going),
-            "nodes": [node for life in going for node in life["nodes"]],
-            "tokens_per_s": round(sum(life["tokens_per_s"] for life in going), 1),
-            "left_s": round(left / rate) if rate else None}
-
-
-def is_fresh(submits, lives, jobs):
-    """Whether a job was submitted that has not begun yet; of one that Slurm has not been asked about, for a minute."""
-    begun = {life["submitted"] for life in lives}
-    return any(jobs[job].state not in ENDED_STATES if job in jobs else time.time() - record["time"] < 60
-               for job, record in submits.items() if job not in begun)
-
-
-def job_ended(jobs, life):
-    """Whether a job that should go on has ended after all: cancelled in the queue, say."""
-    job = jobs.get(life["job"])
-    return job.state in ENDED_STATES if job else time.time() - life["ended"] > 60
-
-
-def state_of_life(run, life, jobs, slurm):
-    """What one life's events say of it, and Slurm where it says nothing more."""
-    state = {"job": life.job, "state": "starting", "detail": "", "answered": 0, "own_failed": 0, "tokens_per_s": 0.0,
-             "prompts_per_s": 0.0, "exit_code": None, "nodes": [], "lost": [], "next": "", "done": 0, "failed": 0}
-    events = run.events(life)
-    for event in events:
-        name = event["event"]
-        if name == "start":
-            state.update(nodes=event["nodes"], began=event["time"], submitted=event["submitted"])
-        if name == "progress":
-            if state["state"] == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
-                state["state"] = "answering"
-            time_s = event["working_s"]
-            state.update(answered=event["answers"] - event["own_failed"], own_failed=event["own_failed"],
-                         tokens_per_s=event["tokens"] / time_s if time_s else 0,
-                         prompts_per_s=event["answers"] / time_s if time_s else 0)
-        if name in PHASES:
-            state.update(state=PHASES[name], detail=event.get("why", ""))
-        if name == "engine_says" and state["state"] == "loading the model":
-            state["detail"] = event["line"]
-        if name == "journal_trouble":
-            state["detail"] = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
-        if name == "journal_well":
-            state["detail"] = ""
-        if name == "node_lost":
-            state["lost"].append(f"{event['node']}: {event['why']}")
-        if name == "end":
-            return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"],
-                        ended=event["time"], exit_code=event["code"], done=event["done"], failed=event["failed"],
-                        answered=event["answered"], own_failed=event["own_failed"], next=event["next"])
-    job = jobs.get(life.job)
-    if is_alive(events[0], job):
-        return dict(state, state="suspended") if job and job.state == "SUSPENDED" else state
-    if job and job.state not in ENDED_STATES and slurm:  # Slurm has yet to see it, and may start it again
-        return dict(state, state="stopping") if job.state != "PENDING" else dict(
-            state, **how_it_died(run, events[0], job, slurm), next="requeued", ended=events[-1]["time"])
-    return dict(state, **how_it_died(run, events[0], job, slurm), ended=events[-1]["time"])
-
-
-@functools.lru_cache(maxsize=None)
-def shape_of(folder):
-    """How many prompts a run has: frozen, so read once."""
-    run = Run(folder)
-    frozen = json.loads(run.input_file("input.json").read_text())
-    return sum(Source(*source).rows for source in frozen["sources"]) * run.config().prompts.samples
-
-
-def state_before_start(run, job_id, job):
-    if not job_id:
-        return {"state": "starting"}
-    if job is None or job.state in ENDED_STATES:
-        said = log_tail(run.job_output(job_id))
-        why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
-        return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
-    if job.state == "PENDING":
-        return {"state": "pending", "detail": pending_words(job)}
-    return {"state": "starting", "detail": job.nodes}
-
-
-def pending_words(job):
-    expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
-    return (PENDING_WORDS.get(job.reason, job.reason)
-            + (f"; {job.ahead} waiting jobs come before it" if job.ahead else "")
-            + (f"; expected to start {expected}" if expected else ""))
-
-
-def is_alive(start, job):
-    """Whether the driver of a life still runs: seen from its own host, or by Slurm from any other."""
-    if start["host"] == socket.gethostname():
-        return start["born"] == process_birth(start["pid"])
-    return job is not None and job.state not in ENDED_STATES
-
-
-def how_it_died(run, start, job, slurm):
-    """A driver that ended without a word was killed; Slurm may know by what."""
-    why = ENDINGS.get(job.state, "") if job else ""
-    exit_code = re.search(r"\bExitCode=\d+:(\d+)", slurm.detail(start["job"])) if slurm and start["job"] else None
-    if not why and exit_code and exit_code.group(1) != "0":
-        why = f"by {signal.Signals(int(exit_code.group(1))).name}"
-    return {"state": "killed", "exit_code": CLUSTER_FAILED,
-            "detail": f"the driver was killed{f' ({why})' if why else ''}; finished prompts are kept"}
-
-
-def state_watch(run, slurm):
-    """A function that gives the run's state: its own files each time, Slurm's word at most every 15 s."""
-    jobs, asked, doubted = {}, -math.inf, set()
-
-    def ask():
-        nonlocal jobs, asked
-        asked = clock()
-        with contextlib.suppress(ClusterError):  # Slurm may be away for a while; the run's files are not
-            jobs = slurm.jobs(run.submitted())
-
-    def look():
-        if slurm and clock() - asked >= 15:
-            ask()
-        state = state_of(run, jobs, slurm)
-        if slurm and state["state"] in ("killed", "stopping") and state["job"] not in doubted:
-            doubted.add(state["job"])  # Slurm's word is from before that, so ask once out of turn
-            ask()
-            state = state_of(run, jobs, slurm)
-        return state
-    return look
 
 
 def follow(run, slurm, child=None, quiet=False):
