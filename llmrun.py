@@ -3317,6 +3317,7 @@ class Asking:
     def __init__(self, config, model, system, template):
         self.config, self.system, self.template = config.prompts, system, template
         self.defaults = {"model": model, **config.prompts.params}
+        self.added = self.added_json = None
 
     def of_record(self, source, record, number):
         """(custom_id, url, body) of a row; BadRow says what it lacks."""
@@ -3366,8 +3367,10 @@ class Asking:
                 return ""
         except ValueError:  # what seemed the body is more than that
             return ""
-        added = json.dumps({name: value for name, value in body.items() if name not in record["body"]})
-        return added[:-1] + ", " if added != "{}" else "{"
+        added = {name: value for name, value in body.items() if name not in record["body"]}
+        if added != self.added:  # it is the same for most rows
+            self.added, self.added_json = added, json.dumps(added)
+        return self.added_json[:-1] + ", " if added else "{"
 
     @staticmethod
     def file_text(source, record):
@@ -3663,8 +3666,12 @@ def scan_source(source, asking, skipped, hashes, tell):
                 try:
                     record = read_record(source.kind, source.columns, data)
                     custom_id, _, body = asking.of_record(source, record, len(index) // 2)
-                    check_request(custom_id, body)
-                    splices.add(asking.splice(data, record, body))
+                    if not isinstance(body.get("seed") or 0, int):
+                        raise BadRow("its seed is no whole number; write a number")
+                    if not index or b"\\u" in data:  # only an escape can name half of a character
+                        check_characters(custom_id, body)
+                    if "" not in splices and len(splices) < 2:
+                        splices.add(asking.splice(data, record, body))
                 except BadRow as bad:
                     skip_or_fail(asking, f"{source.path}:{line}", bad, skipped)
                     continue
@@ -3684,15 +3691,13 @@ def scan_source(source, asking, skipped, hashes, tell):
                            digest=scanner.hash.hexdigest()), index
 
 
-def check_request(custom_id, body):
+def check_characters(custom_id, body):
     """Refuse what could not be sent, or kept, when its turn comes."""
     try:
         custom_id.encode()
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise BadRow("it holds half of a character (a lone surrogate); write the whole character")
-    if not isinstance(body.get("seed") or 0, int):
-        raise BadRow("its seed is no whole number; write a number")
 
 
 def skip_or_fail(asking, where, bad, skipped):
