@@ -4538,11 +4538,11 @@ class Pump:
 
     def settle(self, desk, prompt, attempts, began, reply):
         """The result that a reply makes, or none: it is asked once more where that may help."""
-        status, _, answer, _, wait_s = reply
+        status, *_, wait_s = reply
         if status == 200:
             took = clock() - began
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
-        elif can_pass(status, answer) and (attempts < MAX_ATTEMPTS or self.draining):
+        elif can_pass(status) and (attempts < MAX_ATTEMPTS or self.draining):
             delay = max(wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.later(delay, prompt, attempts)
             return None
@@ -4608,7 +4608,7 @@ class Pump:
             self.finish([result])
 
 
-def can_pass(status, answer):
+def can_pass(status):
     """Whether the same question may be answered another time.
 
     llama.cpp's "Context size has been exceeded" is a 500 that depends on what else runs, so it may, too."""
