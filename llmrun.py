@@ -47,6 +47,7 @@ import argparse
 import array
 import asyncio
 import bisect
+import codecs
 import collections
 import contextlib
 import csv
@@ -101,7 +102,7 @@ class UserError(Exception):
 
     def __init__(self, where, what, mend=""):
         super().__init__(where, what, mend)
-        self.where, self.what, self.mend = str(where), one_line(what), one_line(mend)
+        self.where, self.what, self.mend = one_line(where), one_line(what), one_line(mend)
 
     def __str__(self):
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -128,7 +129,7 @@ def write_file(path, text, mode=0o644):
     """Write a file that is either whole under its name or not there at all."""
     path = Path(path)
     data = text if isinstance(text, bytes) else text.encode(errors="replace")
-    handle, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=f".{path.name[:64]}.")
+    handle, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=".llmrun-")
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -3430,6 +3431,8 @@ class RowScanner:
             return
         for data in self.file:
             offset = self.take(data)
+            if not offset and data.startswith(codecs.BOM_UTF8):  # editors on Windows begin a file so
+                offset, data = len(codecs.BOM_UTF8), data[len(codecs.BOM_UTF8):]
             if data.strip():
                 yield self.line, offset, data
 
@@ -3447,11 +3450,15 @@ class RowScanner:
                 self.take(data)
                 taken.append(data)
                 yield data.decode()
-        for fields in csv.reader(lines()):
-            data = b"".join(taken)
-            first, taken[:] = self.line - len(taken) + 1, []
-            if fields:
-                yield first, self.at - len(data), data
+        try:
+            for fields in csv.reader(lines(), strict=True):
+                data = b"".join(taken)
+                first, taken[:] = self.line - len(taken) + 1, []
+                if fields:
+                    yield first, self.at - len(data), data
+        except csv.Error:
+            self.line -= max(0, len(taken) - 1)  # where the row begins whose quotes have no end
+            raise
 
 
 class Rows:
@@ -3460,8 +3467,12 @@ class Rows:
     AHEAD_BYTES = 2**16
 
     def __init__(self, row_file, index):
-        self.file, self.index = open(row_file, "rb"), memoryview(index).cast("Q")  # offset and length of each row
+        self.row_file, self.index = row_file, memoryview(index).cast("B").cast("Q")  # offset, length of each row
         self.start, self.data = 0, b""
+
+    @functools.cached_property
+    def file(self):
+        return open(self.row_file, "rb")
 
     def __getitem__(self, row):
         offset, length = self.index[2 * row], self.index[2 * row + 1]
@@ -3593,8 +3604,9 @@ def freeze(config, model, tell=lambda done, total: None):
     if not any(source.rows for source in sources):
         raise config.error("prompts.user", "no prompts in it", "put text files in the folder, or rows in the file")
     frozen = Frozen(sources, indexes, spool, system, asking.template, skipped)
-    check_unique(frozen, asking, hashes)
-    check_result_names(config, frozen)
+    kept = Input(sources, indexes, asking, 1)
+    check_unique(frozen, kept, hashes)
+    check_result_names(config, kept)
     return frozen
 
 
@@ -3643,9 +3655,14 @@ def make_row_file(kind, path, made):
 
 def prompt_files(folder):
     """The paths of all files below a folder, in a fixed order; hidden ones are not prompts."""
-    found = []
-    for top, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    def refuse(error):
+        raise UserError(error.filename, f"cannot read the prompts: {os_reason(error)}", "make it readable: chmod u+rx")
+
+    found, seen = [], set()
+    for top, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(top))
+        folders[:] = [name for name in folders if not name.startswith(".")
+                      and os.path.realpath(os.path.join(top, name)) not in seen]
         found.extend(os.path.relpath(os.path.join(top, name), folder) for name in names if not name.startswith("."))
     return sorted(found)
 
@@ -3707,7 +3724,7 @@ def skip_or_fail(asking, where, bad, skipped):
     skipped.append(f"{where}: {what}")
 
 
-def check_unique(frozen, asking, hashes):
+def check_unique(frozen, kept, hashes):
     """Two rows of one custom_id could not be told apart in the results. Only equal hashes are looked at again:
     a set of a million names would take a hundred megabytes."""
     ordered = sorted(hashes)
@@ -3715,10 +3732,10 @@ def check_unique(frozen, asking, hashes):
     del ordered
     if not doubled:
         return
-    seen, kept = {}, Input(frozen.sources, [index.tobytes() for index in frozen.indexes], asking, 1)
+    seen = {}
     for number in (number for number, found in enumerate(hashes) if found in doubled):
         source, row, _ = key = kept.key(number)
-        custom_id = asking.of_record(frozen.sources[source], kept.record(key), row)[0]
+        custom_id = kept.asking.of_record(frozen.sources[source], kept.record(key), row)[0]
         if custom_id in seen:
             where = [f"{frozen.sources[s].path}:{line_of(frozen.sources[s], frozen.indexes[s], r)}"
                      for s, r in (seen[custom_id], (source, row))]
@@ -3731,9 +3748,9 @@ def line_of(source, index, row):
         return file.read(index[2 * row]).count(b"\n") + 1
 
 
-def result_names(config, records):
-    """Where each text prompt's answer goes below the results folder; the {name}s of two never meet."""
-    names = [record["path"] for record in records]
+def result_names(config, prompts, source):
+    """Where the answer of each row of a folder goes below the results folder; the {name}s of two never meet."""
+    names = [prompts.record((source, row, 0))["path"] for row in range(prompts.sources[source].rows)]
     stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
     if len(set(stems)) < len(stems):
         stems = [name.replace(os.sep, "_") for name in names]
@@ -3741,15 +3758,15 @@ def result_names(config, records):
     return [template.replace("{path}", path).replace("{name}", stem) for path, stem in zip(names, stems)]
 
 
-def check_result_names(config, frozen):
+def check_result_names(config, prompts):
     """No answer may land on another, outside the results, or on a prompt."""
     folder = config.results.folder
     written, inputs = ["results.jsonl", "errors.jsonl"], set()
-    for source in frozen.sources:
+    for number, source in enumerate(prompts.sources):
         if source.kind == "folder":
-            records = list(read_json_lines(source.row_file))
-            written += result_names(config, records)
-            inputs.update(os.path.realpath(os.path.join(source.path, record["path"])) for record in records)
+            written += result_names(config, prompts, number)
+            inputs.update(os.path.realpath(os.path.join(source.path, prompts.record((number, row, 0))["path"]))
+                          for row in range(source.rows))
         elif source.kind == "csv":
             written.append(os.path.basename(source.path))
         inputs.add(os.path.realpath(source.path))
@@ -4061,13 +4078,18 @@ def write_results(run, config, marks):
     if "folder" in kinds:
         write_texts(folder, config, prompts, marks)
     for number in (number for number, kind in enumerate(kinds) if kind == "csv"):
-        write_csv(folder, config, prompts, marks, number)
+        try:
+            check_unchanged(prompts.sources[number])
+        except (UserError, FileNotFoundError):
+            log(f"{prompts.sources[number].path} is not what was submitted: its answers are in results.jsonl alone")
+        else:
+            write_csv(folder, config, prompts, marks, number)
     return folder
 
 
 def write_pieces(path, pieces):
     """A file of many pieces, whole or absent like every other."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".llmrun-{secrets.token_hex(4)}")
     with open(temporary, "wb") as file:
         file.writelines(pieces)
     os.replace(temporary, path)
@@ -4079,7 +4101,7 @@ def write_texts(folder, config, prompts, marks):
         source, row, sample = prompts.key(number)
         if prompts.sources[source].kind == "folder":
             if source not in names:
-                names[source] = result_names(config, read_json_lines(prompts.sources[source].row_file))
+                names[source] = result_names(config, prompts, source)
             name = names[source][row]
             if prompts.samples > 1:
                 stem, ending = os.path.splitext(name)
@@ -4093,19 +4115,21 @@ def write_csv(folder, config, prompts, marks, wanted):
     """The rows of a CSV source as they were, each with the columns of its answer."""
     source, columns = prompts.sources[wanted], config.results.columns
 
-    def row(cells):
-        buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue().encode(errors="replace")
-
     def rows():
-        yield row(source.columns + columns)
+        yield csv_row(source.columns + columns)
         for number, line in marks.lines((Marks.DONE, Marks.FAILED)):
             key = prompts.key(number)
             if key[0] == wanted:
                 answer = columns_of(json.loads(line))
-                yield row(list(prompts.record(key).values()) + [answer[name] for name in columns])
+                yield csv_row(list(prompts.record(key).values()) + [answer[name] for name in columns])
     write_pieces(folder / os.path.basename(source.path), rows())
+
+
+def csv_row(cells):
+    """A line of a table. The csv module quotes only those ends of lines that it writes itself."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    return buffer.getvalue()[:-2].encode(errors="replace") + b"\n"
 
 
 class Tally:
@@ -4649,33 +4673,48 @@ def no_reply(code, message):
 
 def assemble_stream(data):
     """The whole answer that an event stream gave in pieces; ValueError if it has no end or tells of an error."""
-    whole, message, ended = {}, {}, False
-    for line in data.decode("utf-8", "replace").splitlines():
-        if not line.startswith("data:"):
+    whole, ended = {"choices": []}, False
+    for line in data.split(b"\n"):
+        if not line.startswith(b"data:"):
             continue  # a comment (engines ping so), or an event's name
         piece = line[5:].strip()
-        if piece == "[DONE]":
+        if piece == b"[DONE]":
             ended = True
             continue
-        event = json.loads(piece)
+        event = json.loads(piece.decode("utf-8", "replace"))
         if "error" in event:
             raise ValueError(f"the stream broke off: {json.dumps(event['error'])[:300]}")
-        choices = event.pop("choices", None) or [{}]
-        whole.update({name: value for name, value in event.items() if value is not None})
-        choice = whole.setdefault("choices", [{"index": 0}])[0]
-        for name, value in {**choices[0].get("delta", {}), **{
-                name: choices[0][name] for name in ("text", "finish_reason") if choices[0].get(name)}}.items():
-            target = choice if name in ("text", "finish_reason") else message
-            if isinstance(value, str) and name not in ("role", "finish_reason"):
-                value = target.get(name, "") + value
-            if value is not None:
-                target[name] = value
+        for choice in event.get("choices") or []:
+            if "delta" in choice:
+                choice["message"] = choice.pop("delta")
+        grow(whole, event)
     if not ended:
         raise ValueError("the stream has no end")
     whole["object"] = str(whole.get("object", "")).replace(".chunk", "")
-    if message:
-        whole["choices"][0]["message"] = message
     return whole
+
+
+GROWING = {"content", "text", "refusal", "reasoning", "reasoning_content", "arguments"}  # other texts come whole
+
+
+def grow(whole, piece):
+    """Add a piece of a streamed answer: texts go on, parts with an index are found by it, other lists go on, too."""
+    for name, value in piece.items():
+        if name in GROWING and isinstance(value, str):
+            whole[name] = (whole.get(name) or "") + value
+        elif isinstance(value, dict):
+            grow(whole.setdefault(name, {}), value)
+        elif isinstance(value, list):
+            have = whole.setdefault(name, [])
+            for part in value:
+                index = part.get("index") if isinstance(part, dict) else None
+                known = next((one for one in have if index is not None and one.get("index") == index), None)
+                if known is not None:
+                    grow(known, part)
+                else:
+                    have.append(part)
+        elif value is not None:
+            whole[name] = value
 
 
 def retry_after(headers):
@@ -5628,7 +5667,7 @@ def command_results(args):
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
     form = "jsonl" if args.json else args.format
     if form == "csv":
-        csv.writer(sys.stdout, lineterminator="\n").writerow(["custom_id", *ANSWER_COLUMNS])
+        say(csv_row(["custom_id", *ANSWER_COLUMNS]).decode().rstrip("\n"))
     places = {segment.path: end for segment, end in zip(marks.segments, marks.read_to)}
     RESULT_FORMATS[form](line for _, line in marks.lines(states))
     if args.follow:
@@ -5683,10 +5722,9 @@ def show_texts(lines):
 
 
 def show_csv(lines):
-    writer = csv.writer(sys.stdout, lineterminator="\n")
     for record in map(json.loads, lines):
         found = columns_of(record)
-        writer.writerow([record["custom_id"]] + [found[name] for name in ANSWER_COLUMNS])
+        say(csv_row([record["custom_id"]] + [found[name] for name in ANSWER_COLUMNS]).decode()[:-1])
 
 
 RESULT_FORMATS = {"table": show_table, "text": show_texts, "jsonl": show_jsonl, "csv": show_csv}

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 
 import llmrun
 import pytest
@@ -314,6 +315,69 @@ def test_results_never_land_on_the_prompts(tmp_path):
         config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(folder=str(folder)))
         with pytest.raises(llmrun.UserError, match="overwrite the prompts"):
             llmrun.freeze(config, "m")
+
+
+def test_a_skipped_text_moves_no_answer_to_another_name(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("a\udcff.txt", "b.txt", "c.txt"):
+        (tmp_path / "texts" / name).write_text(name[0])
+    config = config_for(tmp_path, "texts", on_bad_row="skip")
+    run, prompts = frozen_input(tmp_path, config)
+    assert len(prompts) == 2
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, text="BC"[number])) for number in range(2)))
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    assert {path.name: path.read_text() for path in folder.glob("*.txt")} == {"b.txt": "B", "c.txt": "C"}
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_text("id,q\n2,b\n1,a\n"), lambda path: path.unlink()])
+def test_a_table_that_was_changed_since_is_not_given_others_answers(tmp_path, change):
+    (tmp_path / "in.csv").write_text("id,q\n1,a\n2,b\n")
+    config = config_for(tmp_path, "in.csv", template="{q}", id_column="id")
+    run, prompts = frozen_input(tmp_path, config)
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, text="AB"[number])) for number in range(2)))
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    table = (folder / "in.csv").read_text()
+    change(tmp_path / "in.csv")
+    again = llmrun.Input.load(run, config, "m", check=False)
+    llmrun.write_results(run, config, llmrun.Marks(run, again))
+    assert (folder / "in.csv").read_text() == table and len((folder / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_quote_without_an_end_is_named_where_it_begins(tmp_path):
+    (tmp_path / "in.csv").write_text('id,text\n1,hello\n2,"unclosed\n3,good\n4,good\n')
+    with pytest.raises(llmrun.UserError, match=r"in.csv:3: not CSV"):
+        llmrun.freeze(config_for(tmp_path, "in.csv", template="{text}"), "m")
+
+
+def test_a_lone_carriage_return_stays_in_its_cell():
+    assert llmrun.csv_row(["1", "a\rb", "c\nd", "e"]) == b'1,"a\rb","c\nd",e\n'
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
+    row = json.dumps(batch_row("a")) + "\n"
+    (tmp_path / "in.jsonl").write_text("\ufeff" + row + row.replace('"a"', '"b"'))
+    _, prompts = frozen_input(tmp_path, config_for(tmp_path, "in.jsonl"))
+    assert [prompts.prompt(number).custom_id for number in range(2)] == ["a", "b"] and prompts.splices[0]
+
+
+def test_linked_folders_are_read_and_loops_of_them_end(tmp_path):
+    for folder in ("texts", "more"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder}.txt").write_text("hi")
+    (tmp_path / "texts" / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(tmp_path / "texts")
+    assert llmrun.prompt_files(str(tmp_path / "texts")) == ["linked/more.txt", "texts.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    def scandir(path, real=os.scandir):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+    (tmp_path / "texts" / "closed").mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(llmrun.UserError, match="closed: cannot read the prompts"):
+        llmrun.prompt_files(str(tmp_path / "texts"))
 
 
 def test_two_tables_of_one_name_cannot_share_the_results(tmp_path):

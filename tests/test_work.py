@@ -337,13 +337,44 @@ def test_a_stream_is_put_together_like_an_answer_that_came_whole():
     assert read_body["object"] == "chat.completion"
 
 
+def streamed(*events):
+    return llmrun.reply_of(llmrun.Message(STREAM_HEAD, b"".join(
+        b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"))[2]
+
+
+def test_several_streamed_choices_stay_apart():
+    answer = streamed(*({"choices": [{"index": n % 2, "delta": {"content": f"{'AB'[n % 2]}{n // 2}"}}]} for n in range(4)))
+    assert [choice["message"]["content"] for choice in answer["choices"]] == ["A0A1", "B0B1"]
+
+
+def test_a_streamed_tool_call_is_whole():
+    def call(**piece):
+        return {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, **piece}]}}]}
+    answer = streamed(call(id="c1", type="function", function={"name": "add", "arguments": ""}),
+                      call(function={"arguments": '{"a": 1, '}), call(function={"arguments": '"b": 2}'}),
+                      {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    assert answer["choices"][0] == {"index": 0, "finish_reason": "tool_calls", "message": {"tool_calls": [{
+        "index": 0, "id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}]}}
+
+
+def test_odd_ends_of_lines_in_a_stream_are_text():
+    answer = streamed({"choices": [{"index": 0, "delta": {"content": "a\u2028b\x85c"}}]})
+    assert answer["choices"][0]["message"]["content"] == "a\u2028b\x85c"
+
+
+def test_streamed_logprobs_are_all_there():
+    answer = streamed(*({"choices": [{"index": 0, "delta": {"content": t}, "logprobs": {"content": [{"token": t, "bytes": [1]}]}}]}
+                        for t in "ab"))
+    assert [one["token"] for one in answer["choices"][0]["logprobs"]["content"]] == ["a", "b"]
+
+
 def test_a_stream_with_half_of_a_character_is_kept():
     half = b'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\ndata: [DONE]\n\n'
     status, body, answer, _, _ = llmrun.reply_of(llmrun.Message(STREAM_HEAD, half))
     assert status == 200 and json.loads(body) == answer and answer["choices"][0]["message"]["content"] == "\ud83d"
 
 
-@pytest.mark.parametrize("piece", [b"null", b"5", b'{"choices":[null]}', b'{"choices":[{"delta":null}]}', b'{"choices":5}', b'"x"'])
+@pytest.mark.parametrize("piece", [b"null", b"5", b'{"choices":[null]}', b'{"choices":5}', b'"x"'])
 def test_a_stream_of_a_strange_shape_is_no_answer(piece):
     status, _, _, error, _ = llmrun.reply_of(llmrun.Message(STREAM_HEAD, b"data: " + piece + b"\n\ndata: [DONE]\n\n"))
     assert status == 0 and error["code"] == "stream"
