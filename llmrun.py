@@ -342,6 +342,8 @@ def expand(value, base):
         raise ValueError("put it in quotes")
     if "\0" in value:
         raise ValueError("take out the NUL character")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError("it holds half of a character: write the whole one")
     if base is None:
         return value
     expanded = os.path.expandvars(os.path.expanduser(value))
@@ -691,7 +693,7 @@ def parse_config_text(text, source):
     if source.endswith(".json") or text.lstrip().startswith("{"):
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}:{getattr(error, 'lineno', 1)}", f"not JSON: {getattr(error, 'msg', error)}",
                             "mend that line; the error may start on the line before")
     loads = toml_reader()
@@ -700,7 +702,7 @@ def parse_config_text(text, source):
                         "`python -m pip install --user tomli`, use Python 3.11 or newer, or write the config as JSON")
     try:
         return loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = re.search(r"at line (\d+)", str(error))
         raise UserError(f"{source}:{line.group(1)}" if line else source, f"not TOML: {error}",
                         "texts need quotes, tables stand in [brackets]")
@@ -748,7 +750,7 @@ def read_config(path, overrides=()):
 def apply_override(data, override):
     """Put `--set table.key=value` into the data of a config."""
     dotted, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"\w+(\.\w+)*", dotted.strip()):
+    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", dotted.strip()):
         raise UserError(f"--set {override}", "not of the form table.key=value", "as in --set slurm.nodes=3")
     *tables, name = dotted.strip().split(".")
     for table in tables:
@@ -761,7 +763,7 @@ def apply_override(data, override):
 def parse_value(text):
     """A value as TOML or JSON would read it; anything else is text that needs no quotes here."""
     loads = toml_reader()
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         value = loads(f"value = {text}")["value"] if loads else json.loads(text)
         return value if isinstance(value, (str, int, float, list, dict)) else text  # 05:00:00 is a time in TOML
     return text
@@ -784,7 +786,7 @@ def from_flat_config(flat, source):
     for name, dotted in FLAT_KEYS.items():
         value = flat.get(name, "")
         if value not in ("", None):
-            numeric = name in ("nodes", "port_rpc", "port_server") and str(value).isdigit()
+            numeric = name in ("nodes", "port_rpc", "port_server") and str(value).isdecimal()
             apply_override(data, f"{dotted}={json.dumps(int(value) if numeric else value)}")
     nodes, tasks = str(flat.get("nodes", 1)), str(flat.get("ntasks", flat.get("nodes", 1)))
     if nodes != tasks:
@@ -793,9 +795,10 @@ def from_flat_config(flat, source):
     data.setdefault("engine", {})["context"] = FLAT_CONTEXT
     if flat.get("result_dir"):
         stamp = time.strftime("result_%d-%m-%Y_%H-%M-%S")
-        data["results"] = {"folder": os.path.join(flat["result_dir"], stamp), "file_name": "result_{name}.txt"}
+        data["results"] = {"folder": os.path.join(str(flat["result_dir"]), stamp), "file_name": "result_{name}.txt"}
     if flat.get("sbatch_script"):
-        script = os.path.join(os.path.dirname(source), os.path.expanduser(os.path.expandvars(flat["sbatch_script"])))
+        script = os.path.expanduser(os.path.expandvars(str(flat["sbatch_script"])))
+        script = os.path.join(os.path.dirname(source), script)
         data.setdefault("slurm", {})["directives"] = sbatch_options(read_user_file(script, "sbatch script"))
         notes.append(f"{flat['sbatch_script']}: its #SBATCH lines are kept; its commands are not run, "
                      "since llmrun starts the servers itself")
@@ -1309,6 +1312,8 @@ def refusal(config, message):
     for pattern, dotted, mend in REFUSALS:
         if re.search(pattern, reason):
             return config.error(dotted, f"Slurm refuses: {reason}", mend)
+    if re.search(r"contact slurm controller|[Tt]imed out|[Cc]onnection refused", reason):
+        return ClusterError("sbatch", reason, "try again when Slurm answers: `sinfo` tells")
     return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
                      "see [slurm] and [slurm.extra] in the config")
 
@@ -3323,8 +3328,11 @@ class Asking:
     def of_record(self, source, record, number):
         """(custom_id, url, body) of a row; BadRow says what it lacks."""
         if source.kind == "folder":
-            return record["path"], CHAT, self.chat(self.system, self.file_text(source, record))
-        if "body" in record and "custom_id" in record:
+            text = self.file_text(source, record)
+            if not text.strip():
+                raise BadRow("the prompt is empty; write a question in it, or remove the file")
+            return record["path"], CHAT, self.chat(self.system, text)
+        if "body" in record and "custom_id" in record and (isinstance(record["body"], dict) or not self.template):
             return self.of_batch(record)
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
@@ -3332,6 +3340,8 @@ class Asking:
         stem = Path(source.path).stem if source.path != "-" else "row"
         custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"{stem}-{number + 1}"
         text = fill(self.template, record)
+        if not custom_id.strip():
+            raise BadRow(f"its {self.config.id_column} is empty; give each row a name of its own")
         if not text.strip():
             raise BadRow("the row gives an empty prompt; fill its columns or remove it")
         return custom_id, CHAT, self.chat(fill(self.system, record), text)
@@ -3391,7 +3401,7 @@ def fill(template, row):
             return match.group()[0]
         if name not in row:
             mend = nearest(name, row) or "there are " + ", ".join(map(str, row))
-            raise BadRow(f"there is no column {name}; {mend}")
+            raise BadRow(f"there is no column {name}; {mend}; braces that are text are written {{{{ and }}}}")
         return row[name] if isinstance(row[name], str) else json.dumps(row[name], ensure_ascii=False)
     return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
 
@@ -3410,7 +3420,7 @@ def read_record(kind, columns, data):
     try:
         record = read_json(data)
     except UnicodeDecodeError:
-        raise
+        raise BadRow("not UTF-8 text; save the file as UTF-8")
     except ValueError as error:
         raise BadRow(f"not JSON: {getattr(error, 'msg', error)}; a row is one line with one JSON object")
     if not isinstance(record, dict):
@@ -3601,6 +3611,8 @@ def freeze(config, model, tell=lambda done, total: None):
         source, index = scan_source(Source(kind, path, row_file, 0, 0, 0, "", [], ""), asking, skipped, hashes, tell)
         sources.append(source)
         indexes.append(index)
+    if skipped and not any(source.rows for source in sources):
+        raise config.error("prompts.user", f"no row of it can be asked; the first: {skipped[0]}", "mend the rows")
     if not any(source.rows for source in sources):
         raise config.error("prompts.user", "no prompts in it", "put text files in the folder, or rows in the file")
     frozen = Frozen(sources, indexes, spool, system, asking.template, skipped)
@@ -3626,10 +3638,13 @@ def find_sources(config):
     paths = [wanted] if os.path.exists(wanted) else sorted(glob.glob(wanted, recursive=True))
     if not paths:
         raise config.error("prompts.user", "no such folder or file", "name a folder of text files, a .jsonl or a .csv")
+    # A pattern such as in/** names a folder, and again what is in it.
+    parents = {str(parent) for path in paths for parent in Path(path).parents}
+    paths = [path for path in paths if os.path.normpath(path) not in parents]
     kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
     found = [("folder" if os.path.isdir(path) else kinds.get(Path(path).suffix.lower()), path) for path in paths]
     for kind, path in found:
-        if not kind:
+        if not kind or kind != "folder" and not os.path.isfile(path):
             raise config.error("prompts.user", f"{os.path.basename(path)} is neither a folder nor .jsonl nor .csv",
                                "name the folder that the text files lie in")
     return found
@@ -3643,10 +3658,9 @@ def make_row_file(kind, path, made):
     elif kind == "folder":
         with open(made, "w") as rows:
             for name in prompt_files(path):
+                if os.path.exists(os.path.join(path, name)) and not os.path.isfile(os.path.join(path, name)):
+                    raise UserError(os.path.join(path, name), "neither a file nor a folder", "remove it")
                 text = read_user_file(os.path.join(path, name), "prompt")
-                if not text.strip():
-                    raise UserError(os.path.join(path, name), "the prompt is empty",
-                                    "write a question in it, or remove the file")
                 rows.write(json.dumps({"path": name, "digest": text_digest(text)}) + "\n")
     else:
         return path
@@ -3680,17 +3694,21 @@ def scan_source(source, asking, skipped, hashes, tell):
                 if len(set(source.columns)) < len(source.columns):
                     raise UserError(f"{source.path}:1", "two columns have the same name", "give each its own")
             for line, offset, data in rows:
+                where = f"{source.path}:{line}"
                 try:
                     record = read_record(source.kind, source.columns, data)
+                    if source.kind == "folder":
+                        where = os.path.join(source.path, record["path"])
                     custom_id, _, body = asking.of_record(source, record, len(index) // 2)
                     if not isinstance(body.get("seed") or 0, int):
                         raise BadRow("its seed is no whole number; write a number")
-                    if not index or b"\\u" in data:  # only an escape can name half of a character
-                        check_characters(custom_id, body)
+                    if not index or ODD_IN_JSON.search(data):
+                        check_encodes(custom_id, body)
                     if "" not in splices and len(splices) < 2:
                         splices.add(asking.splice(data, record, body))
-                except BadRow as bad:
-                    skip_or_fail(asking, f"{source.path}:{line}", bad, skipped)
+                except (BadRow, RecursionError) as bad:
+                    what = bad if isinstance(bad, BadRow) else "nested too deeply; make it flatter"
+                    skip_or_fail(asking, where, what, skipped)
                     continue
                 index.extend((offset, len(data)))
                 hashes.append(hash(custom_id) & (2**64 - 1))
@@ -3708,13 +3726,18 @@ def scan_source(source, asking, skipped, hashes, tell):
                            digest=scanner.hash.hexdigest()), index
 
 
-def check_characters(custom_id, body):
+ODD_IN_JSON = re.compile(rb"\\u|NaN|Infinity")  # only these can name what has no UTF-8, or is no JSON
+
+
+def check_encodes(custom_id, body):
     """Refuse what could not be sent, or kept, when its turn comes."""
     try:
         custom_id.encode()
-        json.dumps(body, ensure_ascii=False).encode()
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise BadRow("it holds half of a character (a lone surrogate); write the whole character")
+    except ValueError:
+        raise BadRow("NaN and Infinity are no JSON; write a number or null")
 
 
 def skip_or_fail(asking, where, bad, skipped):
@@ -3773,12 +3796,14 @@ def check_result_names(config, prompts):
     if len(set(written)) < len(written):
         raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
     for name in written:
+        if not os.path.basename(name) or set(written) & set(map(str, Path(name).parents)):
+            raise config.error("results.file_name", f'"{name}" cannot be a file beside the others', 'use "{name}.txt"')
         if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
             raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
         if folder and os.path.realpath(os.path.join(folder, name)) in inputs:
             raise config.error("results.folder", "the answers would overwrite the prompts", "name another folder")
     above = folder
-    while above and not os.path.exists(above):
+    while above and not os.path.lexists(above):
         above = os.path.dirname(above)
     if folder and not (os.path.isdir(above) and os.access(above, os.W_OK)):
         raise config.error("results.folder", "cannot be written to" if os.path.isdir(above) else f"{above} is a file",
@@ -4898,6 +4923,7 @@ def drive(run, allocation, shape=0, failed_again=False):
         events.write(event, **facts)
         if event != "progress":
             log(" ".join([event.replace("_", " ")] + [f"{name}={value}" for name, value in facts.items()]))
+    sys.setrecursionlimit(10000)  # a deep row that was read at submit must not fail by where it is read now
     gc.freeze()  # the program itself is no garbage: look only at what comes, and not after every 700 objects
     gc.set_threshold(20000, 20, 100)
     patiently("cannot begin", lambda: events.append(
@@ -5565,7 +5591,7 @@ def find_run(args):
     if not wanted:
         return runs[-1]
     fitting = [run for run in runs if run.name == wanted or run.config().name == wanted
-               or wanted.isdigit() and int(wanted) in run.submitted() + [life.job for life in run.lives()]]
+               or wanted in map(str, run.submitted() + [life.job for life in run.lives()])]
     if not fitting:
         raise UserError(wanted, "no run of that name or job id", nearest(wanted, [run.name for run in runs])
                         or "`status` lists the runs")
@@ -5663,7 +5689,11 @@ def command_results(args):
     config = run.config()
     prompts = Input.load(run, config, model_name(config), check=False)  # answers outlive the files they are to
     marks = Marks(run, prompts)
-    folder = write_results(run, config, marks)
+    try:
+        folder = write_results(run, config, marks)
+    except OSError as error:  # the answers are in the journals, whatever the disk says
+        folder = f"not written: {os_reason(error)}"
+        log(f"the files were {folder}")
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
     form = "jsonl" if args.json else args.format
     if form == "csv":
@@ -5838,8 +5868,10 @@ def main(argv=None):
     """Run one command; errors become one line, and the exit code says of which kind they are."""
     words = sys.argv[1:] if argv is None else argv
     try:
+        sys.stdin, sys.stdout, sys.stderr = (stream or open(os.devnull, mode) for stream, mode in (
+            (sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", **({} if stream.isatty() else {"encoding": "utf-8"}))
         if words[:1] == ["agent"] and len(words) == 2:  # a run starts many of these two, and waits for them
             return serve_agent(words[1])
         if words[:1] == ["echo"] and len(words) in (4, 5):

@@ -40,6 +40,21 @@ def test_paths_start_from_the_config_file_and_expand(tmp_path, monkeypatch):
     assert config.prompts.user == str(tmp_path.parent / "p")
 
 
+@pytest.mark.parametrize("text, words", [
+    ('{"prompts": {"template": "x\\ud800"}}', "half of a character"), ('{"prompts": {"params": %s}}' % ("[" * 50000), "not JSON"),
+    ('{"results": {"folder": "\\udfff"}}', "half of a character")])
+def test_odd_text_in_a_config_is_an_error_of_one_line(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(llmrun.UserError, match=words):
+        llmrun.read_config(tmp_path / "config.json")
+
+
+def test_set_takes_options_of_sbatch_with_their_hyphens(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    config, _ = llmrun.read_config(tmp_path / "config.json", ["slurm.extra.mail-type=END"])
+    assert config.slurm.extra == {"mail-type": "END"}
+
+
 def test_variables_that_mean_the_nodes_are_left_alone(tmp_path):
     config = read(tmp_path, '[engine.llama]\nrpc_cache = "$SCRATCH/rpc"\n[environment]\nvars = {A = "$TMPDIR"}')
     assert config.engine.llama.rpc_cache == "$SCRATCH/rpc" and config.environment.vars == {"A": "$TMPDIR"}

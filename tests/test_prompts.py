@@ -360,6 +360,90 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path):
     assert [prompts.prompt(number).custom_id for number in range(2)] == ["a", "b"] and prompts.splices[0]
 
 
+@pytest.mark.parametrize("row, words", [
+    ('{"id": "x\\ud800", "q": "hi"}', "half of a character"), ('{"id": "x", "q": "hi \\ud800"}', "half of a character"),
+    ('{"id": "x", "q": "hi", "n": %s}' % ("[" * 100000 + "]" * 100000), "nested too deeply"),
+    ('{"id": " ", "q": "hi"}', "its id is empty"), ('{"id": "x", "q": " "}', "empty prompt"), ('{"id": "x"}', "no column q")])
+def test_a_row_that_cannot_be_asked_is_named_or_skipped(tmp_path, row, words):
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "q": "b"}\n' + row + "\n")
+    with pytest.raises(llmrun.UserError, match=f"in.jsonl:2: .*{words}"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl", template="{q}", id_column="id"), "m")
+    frozen = llmrun.freeze(config_for(tmp_path, "in.jsonl", template="{q}", id_column="id", on_bad_row="skip"), "m")
+    assert len(frozen) == 1 and "in.jsonl:2: " in frozen.skipped[0]
+
+
+def test_a_batch_row_with_a_number_that_is_none_is_refused(tmp_path):
+    good = json.dumps(batch_row("a"))
+    (tmp_path / "in.jsonl").write_text(good + "\n" + good.replace('"a"', '"b"').replace('"messages"', '"top_p": NaN, "messages"') + "\n")
+    with pytest.raises(llmrun.UserError, match="in.jsonl:2: NaN"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
+
+
+def test_when_every_row_is_skipped_the_first_reason_is_told(tmp_path):
+    (tmp_path / "in.jsonl").write_text("nonsense\nmore\n")
+    with pytest.raises(llmrun.UserError, match="no row of it can be asked; the first: .*in.jsonl:1: not JSON"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl", on_bad_row="skip"), "m")
+
+
+def test_a_deep_row_can_be_asked_wherever_it_is_read(tmp_path):
+    """Submit and driver stand at different depths of their own."""
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "q": %s}\n' % ("[" * 400 + "]" * 400))
+    _, prompts = frozen_input(tmp_path, config_for(tmp_path, "in.jsonl", template="{q}", id_column="id"))
+    assert "[[[[" in prompts.prompt(0).body.decode()
+
+
+def test_a_skipped_empty_text_is_named_by_its_file(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(" \n")
+    (tmp_path / "texts" / "b.txt").write_text("hi")
+    frozen = llmrun.freeze(config_for(tmp_path, "texts", on_bad_row="skip"), "m")
+    assert len(frozen) == 1 and "a.txt: the prompt is empty" in frozen.skipped[0]
+
+
+def test_a_pipe_among_the_prompts_is_refused(tmp_path):
+    (tmp_path / "texts").mkdir()
+    os.mkfifo(tmp_path / "texts" / "pipe.txt")
+    os.mkfifo(tmp_path / "in.jsonl")
+    for user in ("texts", "in.jsonl"):
+        with pytest.raises(llmrun.UserError, match="neither a f"):
+            llmrun.freeze(config_for(tmp_path, user), "m")
+
+
+def test_a_pattern_that_names_a_folder_and_what_is_in_it_asks_each_once(tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    write_jsonl(tmp_path / "in" / "one.jsonl", [batch_row("a")])
+    write_jsonl(tmp_path / "in" / "sub" / "two.jsonl", [batch_row("b")])
+    assert len(llmrun.freeze(config_for(tmp_path, "in/**"), "m")) == 2
+
+
+def test_columns_named_like_a_batch_requests_are_columns(tmp_path):
+    (tmp_path / "in.csv").write_text("custom_id,body\nx,hello\n")
+    _, prompts = frozen_input(tmp_path, config_for(tmp_path, "in.csv", template="{body}", id_column="custom_id"))
+    assert prompts.prompt(0).custom_id == "x" and b"hello" in prompts.prompt(0).body
+
+
+@pytest.mark.parametrize("name", ["", "results.jsonl/{path}"])
+def test_a_name_for_answers_that_is_no_file_name_is_refused(tmp_path, name):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hi")
+    config = config_for(tmp_path, "texts")
+    config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(file_name=name))
+    with pytest.raises(llmrun.UserError, match="cannot be a file"):
+        llmrun.freeze(config, "m")
+
+
+def test_a_long_name_gets_its_answer_too(tmp_path):
+    (tmp_path / "texts").mkdir()
+    name = "\N{ROLLING ON THE FLOOR LAUGHING}" * 61 + ".txt"
+    (tmp_path / "texts" / name).write_text("hi")
+    (tmp_path / ("t" * 246 + ".csv")).write_text("q\nhi\n")
+    for user, kind in (("texts", name), ("t" * 246 + ".csv", "t" * 246 + ".csv")):
+        config = config_for(tmp_path, user, template="{q}")
+        run, prompts = frozen_input(tmp_path, config)
+        journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 0)))
+        assert (llmrun.write_results(run, config, llmrun.Marks(run, prompts)) / kind).exists()
+
+
 def test_linked_folders_are_read_and_loops_of_them_end(tmp_path):
     for folder in ("texts", "more"):
         (tmp_path / folder).mkdir()
