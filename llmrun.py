@@ -3694,7 +3694,7 @@ def scan_source(source, asking, skipped, hashes, tell):
                 if len(set(source.columns)) < len(source.columns):
                     raise UserError(f"{source.path}:1", "two columns have the same name", "give each its own")
             for line, offset, data in rows:
-                where = f"{source.path}:{line}"
+                where = f"{'standard input' if source.path == '-' else source.path}:{line}"
                 try:
                     record = read_record(source.kind, source.columns, data)
                     if source.kind == "folder":
@@ -3762,7 +3762,8 @@ def check_unique(frozen, kept, hashes):
         if custom_id in seen:
             where = [f"{frozen.sources[s].path}:{line_of(frozen.sources[s], frozen.indexes[s], r)}"
                      for s, r in (seen[custom_id], (source, row))]
-            raise UserError(where[1], f"custom_id {custom_id} stands already in {where[0]}", "give each row its own")
+            raise UserError(where[1], f"custom_id {custom_id} stands already in {where[0]}",
+                            "give each row its own, or set [prompts] id_column to a column that differs")
         seen[custom_id] = (source, row)
 
 
@@ -5690,10 +5691,10 @@ def command_results(args):
     prompts = Input.load(run, config, model_name(config), check=False)  # answers outlive the files they are to
     marks = Marks(run, prompts)
     try:
-        folder = write_results(run, config, marks)
+        written = f"the files are in {write_results(run, config, marks)}"
     except OSError as error:  # the answers are in the journals, whatever the disk says
-        folder = f"not written: {os_reason(error)}"
-        log(f"the files were {folder}")
+        written = f"the files could not be written: {os_reason(error)}"
+        log(written)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
     form = "jsonl" if args.json else args.format
     if form == "csv":
@@ -5703,7 +5704,7 @@ def command_results(args):
     if args.follow:
         follow_results(run, RESULT_FORMATS[form], args.failed, places)
     elif on_terminal():
-        say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; the files are in {folder}")
+        say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; {written}")
     return DONE
 
 
