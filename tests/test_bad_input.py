@@ -245,3 +245,10 @@ def test_the_fake_model_is_whole(tmp_path):
     import llmrun
     keys, size = llmrun.read_gguf(tmp_path / "x.gguf")
     assert keys["general.architecture"] == "llama" and size > 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_costs_no_command(site, closed):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} llmrun.py status {closed}"], cwd=site.folder, env=site.env,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

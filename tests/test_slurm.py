@@ -144,3 +144,11 @@ def test_the_warning_comes_with_time_to_spare_but_not_before_half_the_job():
         config = llmrun.build_config(llmrun.Config, {"slurm": {"time": time, "grace": grace}}, "c", None)
         return [line for line in llmrun.sbatch_lines(config, 1, "o") if "--signal" in line][0].partition("USR1@")[2]
     assert warned("04:00:00", 120) == "120" and warned("2", "5min") == "60" and warned("UNLIMITED", 120) == "120"
+
+
+def test_a_slurm_that_does_not_answer_is_not_the_users_fault():
+    config = llmrun.Config(source="config.toml")
+    for said in ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+                 "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"):
+        assert isinstance(llmrun.refusal(config, said), llmrun.ClusterError)
+    assert not isinstance(llmrun.refusal(config, "sbatch: error: Batch job submission failed: Some new reason"), llmrun.ClusterError)
