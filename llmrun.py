@@ -125,20 +125,26 @@ def os_reason(error):
     return text[:1].lower() + text[1:]
 
 
-def write_file(path, text, mode=0o644):
-    """Write a file that is either whole under its name or not there at all."""
-    path = Path(path)
-    data = text if isinstance(text, bytes) else text.encode(errors="replace")
-    handle, temporary = tempfile.mkstemp(dir=str(path.parent), prefix=".llmrun-")
+@contextlib.contextmanager
+def whole_file(path, mode=None):
+    """A file to write to that in the end is either whole under its name or not there at all."""
+    temporary = Path(path).with_name(f".llmrun-{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if mode is None else mode)
     try:
         with open(handle, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
+            yield file
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)  # whatever the umask says
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_file(path, text, mode=0o644):
+    with whole_file(path, mode) as file:
+        file.write(text if isinstance(text, bytes) else text.encode(errors="replace"))
 
 
 PASSING_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ETIMEDOUT}
@@ -4096,7 +4102,8 @@ def write_results(run, config, marks):
     prompts = marks.prompts
     for name, states in (("results.jsonl", (Marks.DONE,)), ("errors.jsonl", (Marks.FAILED,))):
         if name == "results.jsonl" or marks.count(Marks.FAILED):
-            write_pieces(folder / name, (line for _, line in marks.lines(states)))
+            with whole_file(folder / name) as file:
+                file.writelines(line for _, line in marks.lines(states))
         else:
             with contextlib.suppress(FileNotFoundError):
                 (folder / name).unlink()
@@ -4111,14 +4118,6 @@ def write_results(run, config, marks):
         else:
             write_csv(folder, config, prompts, marks, number)
     return folder
-
-
-def write_pieces(path, pieces):
-    """A file of many pieces, whole or absent like every other."""
-    temporary = path.with_name(f".llmrun-{secrets.token_hex(4)}")
-    with open(temporary, "wb") as file:
-        file.writelines(pieces)
-    os.replace(temporary, path)
 
 
 def write_texts(folder, config, prompts, marks):
@@ -4140,15 +4139,13 @@ def write_texts(folder, config, prompts, marks):
 def write_csv(folder, config, prompts, marks, wanted):
     """The rows of a CSV source as they were, each with the columns of its answer."""
     source, columns = prompts.sources[wanted], config.results.columns
-
-    def rows():
-        yield csv_row(source.columns + columns)
+    with whole_file(folder / os.path.basename(source.path)) as file:
+        file.write(csv_row(source.columns + columns))
         for number, line in marks.lines((Marks.DONE, Marks.FAILED)):
             key = prompts.key(number)
             if key[0] == wanted:
                 answer = columns_of(json.loads(line))
-                yield csv_row(list(prompts.record(key).values()) + [answer[name] for name in columns])
-    write_pieces(folder / os.path.basename(source.path), rows())
+                file.write(csv_row(list(prompts.record(key).values()) + [answer[name] for name in columns]))
 
 
 def csv_row(cells):

@@ -349,6 +349,19 @@ def test_a_quote_without_an_end_is_named_where_it_begins(tmp_path):
         llmrun.freeze(config_for(tmp_path, "in.csv", template="{text}"), "m")
 
 
+def test_results_that_could_not_be_written_leave_nothing_behind(three, monkeypatch):
+    """A driver tries again each second while the disk is full: what each try leaves would fill it."""
+    config, run, prompts = three
+
+    def full(marks, states):
+        yield 0, b"a line"
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(llmrun.Marks, "lines", full)
+    with pytest.raises(OSError):
+        llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    assert list(run.results.iterdir()) == []
+
+
 def test_a_lone_carriage_return_stays_in_its_cell():
     assert llmrun.csv_row(["1", "a\rb", "c\nd", "e"]) == b'1,"a\rb","c\nd",e\n'
 
