@@ -4708,6 +4708,7 @@ def assemble_stream(data):
         if "error" in event:
             raise ValueError(f"the stream broke off: {json.dumps(event['error'])[:300]}")
         for choice in event.get("choices") or []:
+            choice.setdefault("index", 0)
             if "delta" in choice:
                 choice["message"] = choice.pop("delta")
         grow(whole, event)
@@ -4730,12 +4731,14 @@ def grow(whole, piece):
         elif isinstance(value, list):
             have = whole.setdefault(name, [])
             for part in value:
-                index = part.get("index") if isinstance(part, dict) else None
-                known = next((one for one in have if index is not None and one.get("index") == index), None)
-                if known is not None:
-                    grow(known, part)
-                else:
+                if not isinstance(part, dict):
                     have.append(part)
+                    continue
+                known = next((one for one in have if "index" in part and one.get("index") == part["index"]), None)
+                if known is None:
+                    known = {}
+                    have.append(known)
+                grow(known, part)
         elif value is not None:
             whole[name] = value
 

@@ -347,6 +347,12 @@ def test_several_streamed_choices_stay_apart():
     assert [choice["message"]["content"] for choice in answer["choices"]] == ["A0A1", "B0B1"]
 
 
+def test_streamed_choices_without_an_index_or_a_message_are_one_choice():
+    answer = streamed({"choices": [{"delta": None}]}, {"choices": [{"delta": {"role": "assistant", "content": None}}]},
+                      {"choices": [{"delta": {"content": "Hel"}}]}, {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]})
+    assert answer["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}]
+
+
 def test_a_streamed_tool_call_is_whole():
     def call(**piece):
         return {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0, **piece}]}}]}
