@@ -2832,8 +2832,8 @@ class Engine:
         # A few prompts wait at the engine, so that no slot is ever empty.
         self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
 
-    @staticmethod
-    def check(config):
+    @classmethod
+    def check(cls, config):
         """Raise UserError where the config cannot work, as far as the login node knows."""
 
     def foreseen(self):
@@ -2913,17 +2913,21 @@ class LlamaCpp(Engine):
         self.without = () if self.llama.user_settings else self.own_settings
 
     @staticmethod
-    def check(config):
+    def named(config):
+        """The llama-server that the config names, itself or by its folder; "" for that of the PATH."""
         path = config.engine.path
-        server = os.path.join(path, "llama-server") if os.path.isdir(path) else path
-        if path and not os.path.exists(server):
+        return os.path.join(path, "llama-server") if os.path.isdir(path) else path
+
+    @classmethod
+    def check(cls, config):
+        server = cls.named(config)
+        if server and not os.path.exists(server):
             raise config.error("engine.path", "no llama-server there", "name the binary, or the folder it lies in")
-        if path and not os.access(server, os.X_OK):
+        if server and not os.access(server, os.X_OK):
             raise config.error("engine.path", f"{server} is not executable", "chmod +x it")
 
     def foreseen(self):
-        path = self.config.engine.path
-        return {"server": os.path.join(path, "llama-server") if os.path.isdir(path) else path or "llama-server",
+        return {"server": self.named(self.config) or "llama-server",
                 "worker": self.worker_names[0], "flags": ["--fit", "--alias"]}
 
     def ports(self, head):
@@ -3498,6 +3502,11 @@ class Rows:
             self.start, begin = offset, 0
         return self.data[begin:begin + length]
 
+    def line(self, row):
+        """The line on which a row stands; reads all before it."""
+        self.file.seek(0)
+        return self.file.read(self.index[2 * row]).count(b"\n") + 1
+
 
 class Input:
     """All that is asked, as it was frozen: prompts are numbered 0, 1, 2 … over all sources, rows and samples."""
@@ -3522,6 +3531,10 @@ class Input:
     def record(self, key):
         source = self.sources[key[0]]
         return read_record(source.kind, source.columns, self.rows[key[0]][key[1]])
+
+    def text_names(self, source):
+        """The files of a folder that are asked, by their rows."""
+        return [self.record((source, row, 0))["path"] for row in range(self.sources[source].rows)]
 
     def prompt(self, number):
         key = self.key(number)
@@ -3617,15 +3630,14 @@ def freeze(config, model, tell=lambda done, total: None):
         source, index = scan_source(Source(kind, path, row_file, 0, 0, 0, "", [], ""), asking, skipped, hashes, tell)
         sources.append(source)
         indexes.append(index)
-    if skipped and not any(source.rows for source in sources):
-        raise config.error("prompts.user", f"no row of it can be asked; the first: {skipped[0]}", "mend the rows")
     if not any(source.rows for source in sources):
+        if skipped:
+            raise config.error("prompts.user", f"no row of it can be asked; the first: {skipped[0]}", "mend the rows")
         raise config.error("prompts.user", "no prompts in it", "put text files in the folder, or rows in the file")
-    frozen = Frozen(sources, indexes, spool, system, asking.template, skipped)
-    kept = Input(sources, indexes, asking, 1)
-    check_unique(frozen, kept, hashes)
-    check_result_names(config, kept)
-    return frozen
+    prompts = Input(sources, indexes, asking, 1)
+    check_unique(prompts, hashes)
+    check_result_names(config, prompts)
+    return Frozen(sources, indexes, spool, system, asking.template, skipped)
 
 
 def read_template(config):
@@ -3651,8 +3663,8 @@ def find_sources(config):
     found = [("folder" if os.path.isdir(path) else kinds.get(Path(path).suffix.lower()), path) for path in paths]
     for kind, path in found:
         if not kind or kind != "folder" and not os.path.isfile(path):
-            raise config.error("prompts.user", f"{os.path.basename(path)} is neither a folder nor .jsonl nor .csv",
-                               "name the folder that the text files lie in")
+            what = f"{os.path.basename(path)} is neither a folder nor a .jsonl or .csv file"
+            raise config.error("prompts.user", what, "name the folder that the text files lie in")
     return found
 
 
@@ -3664,9 +3676,10 @@ def make_row_file(kind, path, made):
     elif kind == "folder":
         with open(made, "w") as rows:
             for name in prompt_files(path):
-                if os.path.exists(os.path.join(path, name)) and not os.path.isfile(os.path.join(path, name)):
-                    raise UserError(os.path.join(path, name), "neither a file nor a folder", "remove it")
-                text = read_user_file(os.path.join(path, name), "prompt")
+                file = os.path.join(path, name)
+                if os.path.exists(file) and not os.path.isfile(file):
+                    raise UserError(file, "neither a file nor a folder", "remove it")
+                text = read_user_file(file, "prompt")
                 rows.write(json.dumps({"path": name, "digest": text_digest(text)}) + "\n")
     else:
         return path
@@ -3700,11 +3713,8 @@ def scan_source(source, asking, skipped, hashes, tell):
                 if len(set(source.columns)) < len(source.columns):
                     raise UserError(f"{source.path}:1", "two columns have the same name", "give each its own")
             for line, offset, data in rows:
-                where = f"{'standard input' if source.path == '-' else source.path}:{line}"
                 try:
                     record = read_record(source.kind, source.columns, data)
-                    if source.kind == "folder":
-                        where = os.path.join(source.path, record["path"])
                     custom_id, _, body = asking.of_record(source, record, len(index) // 2)
                     if not isinstance(body.get("seed") or 0, int):
                         raise BadRow("its seed is no whole number; write a number")
@@ -3712,12 +3722,14 @@ def scan_source(source, asking, skipped, hashes, tell):
                         check_encodes(custom_id, body)
                     if "" not in splices and len(splices) < 2:
                         splices.add(asking.splice(data, record, body))
-                except (BadRow, RecursionError) as bad:
-                    what = bad if isinstance(bad, BadRow) else "nested too deeply; make it flatter"
-                    skip_or_fail(asking, where, what, skipped)
-                    continue
-                index.extend((offset, len(data)))
-                hashes.append(hash(custom_id) & (2**64 - 1))
+                except BadRow as bad:
+                    skip_or_fail(asking, place_of_row(source, line, data), str(bad), skipped)
+                except RecursionError:
+                    bad = "nested too deeply; make it flatter"
+                    skip_or_fail(asking, place_of_row(source, line, data), bad, skipped)
+                else:
+                    index.extend((offset, len(data)))
+                    hashes.append(hash(custom_id) & (2**64 - 1))
                 if line % 20000 == 0:
                     tell(scanner.at, found.st_size)
             tell(found.st_size, found.st_size)
@@ -3746,14 +3758,21 @@ def check_encodes(custom_id, body):
         raise BadRow("NaN and Infinity are no JSON; write a number or null")
 
 
+def place_of_row(source, line, data):
+    """Where the user finds a row: a text is a file of its own."""
+    if source.kind == "folder":
+        return os.path.join(source.path, json.loads(data)["path"])
+    return f"{'standard input' if source.path == '-' else source.path}:{line}"
+
+
 def skip_or_fail(asking, where, bad, skipped):
-    what, _, mend = str(bad).partition("; ")
+    what, _, mend = bad.partition("; ")
     if asking.config.on_bad_row == "fail":
         raise UserError(where, what, f'{mend}, or set [prompts] on_bad_row = "skip"')
     skipped.append(f"{where}: {what}")
 
 
-def check_unique(frozen, kept, hashes):
+def check_unique(prompts, hashes):
     """Two rows of one custom_id could not be told apart in the results. Only equal hashes are looked at again:
     a set of a million names would take a hundred megabytes."""
     ordered = sorted(hashes)
@@ -3763,24 +3782,18 @@ def check_unique(frozen, kept, hashes):
         return
     seen = {}
     for number in (number for number, found in enumerate(hashes) if found in doubled):
-        source, row, _ = key = kept.key(number)
-        custom_id = kept.asking.of_record(frozen.sources[source], kept.record(key), row)[0]
+        source, row, _ = key = prompts.key(number)
+        custom_id = prompts.asking.of_record(prompts.sources[source], prompts.record(key), row)[0]
         if custom_id in seen:
-            where = [f"{frozen.sources[s].path}:{line_of(frozen.sources[s], frozen.indexes[s], r)}"
+            where = [place_of_row(prompts.sources[s], prompts.rows[s].line(r), prompts.rows[s][r])
                      for s, r in (seen[custom_id], (source, row))]
             raise UserError(where[1], f"custom_id {custom_id} stands already in {where[0]}",
                             "give each row its own, or set [prompts] id_column to a column that differs")
         seen[custom_id] = (source, row)
 
 
-def line_of(source, index, row):
-    with open(source.row_file, "rb") as file:
-        return file.read(index[2 * row]).count(b"\n") + 1
-
-
-def result_names(config, prompts, source):
-    """Where the answer of each row of a folder goes below the results folder; the {name}s of two never meet."""
-    names = [prompts.record((source, row, 0))["path"] for row in range(prompts.sources[source].rows)]
+def result_names(config, names):
+    """Where each text prompt's answer goes below the results folder; the {name}s of two never meet."""
     stems = [os.path.splitext(os.path.basename(name))[0] for name in names]
     if len(set(stems)) < len(stems):
         stems = [name.replace(os.sep, "_") for name in names]
@@ -3794,16 +3807,17 @@ def check_result_names(config, prompts):
     written, inputs = ["results.jsonl", "errors.jsonl"], set()
     for number, source in enumerate(prompts.sources):
         if source.kind == "folder":
-            written += result_names(config, prompts, number)
-            inputs.update(os.path.realpath(os.path.join(source.path, prompts.record((number, row, 0))["path"]))
-                          for row in range(source.rows))
+            names = prompts.text_names(number)
+            written += result_names(config, names)
+            inputs.update(os.path.realpath(os.path.join(source.path, name)) for name in names)
         elif source.kind == "csv":
             written.append(os.path.basename(source.path))
         inputs.add(os.path.realpath(source.path))
-    if len(set(written)) < len(written):
+    taken = set(written)
+    if len(taken) < len(written):
         raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
     for name in written:
-        if not os.path.basename(name) or set(written) & set(map(str, Path(name).parents)):
+        if not os.path.basename(name) or any(str(parent) in taken for parent in Path(name).parents):
             raise config.error("results.file_name", f'"{name}" cannot be a file beside the others', 'use "{name}.txt"')
         if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
             raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
@@ -4126,7 +4140,7 @@ def write_texts(folder, config, prompts, marks):
         source, row, sample = prompts.key(number)
         if prompts.sources[source].kind == "folder":
             if source not in names:
-                names[source] = result_names(config, prompts, source)
+                names[source] = result_names(config, prompts.text_names(source))
             name = names[source][row]
             if prompts.samples > 1:
                 stem, ending = os.path.splitext(name)
