@@ -6,8 +6,27 @@
     python llmrun.py submit config.toml     place the model, answer every prompt, tear it down
 
 The same file is the command on the login node, the driver inside the job and the agent on every
-node. It needs CPython 3.9 or newer and nothing else. It is built in floors, bottom up: a section
-uses only what stands above it (Assets, the constant texts, stand last and use nothing).
+node. It needs CPython 3.9 or newer and nothing else. It is a house of floors, bottom up; a room uses
+only what stands above it in this list (but for Assets, which all may use):
+
+     1 · Basics       errors with their mends, whole files, the one clock, the one wait
+     2 · Config       every key: its kind, default and words
+     3 · Old files    configs of older scripts, read as they are
+     4 · Models       a model file's header: layers, memory, how many nodes
+     5 · Slurm        host lists, times, sbatch and its kin
+     6 · Run          the run directory: its files, lives and events
+     7 · State        where a run stands
+     8 · Environment  what a process is; the batch script
+     9 · Wire         HTTP, client and server
+    11 · Nodes        the agent on each node, and the driver's view of it
+    13 · Engines      what each engine needs, and what its failures mean
+    15 · Input        sources of prompts, frozen, read a row at a time
+    16 · Journal      results on disk, and the files that users read
+    17 · Claims       whose prompts are whose when jobs share a run
+    18 · Pump         how prompts become results
+    21 · Driver       the life of a job, start to teardown
+    22 · Commands     the command line
+    23 · Assets       help, example prompts, the demo
 """
 # /// script
 # requires-python = ">=3.9"
@@ -327,9 +346,9 @@ async def first_failure(*tasks):
 # ═══════════════════════════════════════════════════════════════════════════════
 # 2 · Config
 #
-# Owns the one schema: every key with its kind, default and words. Reading, checking, --set, the
-# example file and `help config` all come from it, and old config.json files are turned into it.
-# Leaves to later floors what a value means: whether the model exists, or Slurm takes the time.
+# Owns the one schema: every key with its kind, default and words. Checking, --set, the example
+# file and `help config` all come from it. Leaves to later floors what a value means: whether the
+# model exists, or Slurm takes the time.
 # ═══════════════════════════════════════════════════════════════════════════════
 
 
@@ -734,25 +753,6 @@ def read_user_file(path, what):
                         "save it as UTF-8, or convert it with iconv")
 
 
-def read_config(path, overrides=()):
-    """The config of a file as the user means it, and what to tell about how it was read."""
-    path = os.path.abspath(path)
-    if os.path.isfile(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
-        raise UserError(path, f"a config of {show_size(os.path.getsize(path))}",
-                        "that is no llmrun config; `init` writes one to start from")
-    data = parse_config_text(read_user_file(path, "config"), path)
-    base = os.path.dirname(path)
-    notes = []
-    if isinstance(data, dict) and "dir_llama_script" in data:
-        data, notes = from_flat_config(data, path)
-    if not isinstance(data, dict):
-        raise UserError(path, "not a table of keys", "`init` writes a config to start from")
-    for override in overrides:
-        apply_override(data, override)
-    data.pop("source", None)
-    return dataclasses.replace(build_config(Config, data, path, base), source=path), notes
-
-
 def apply_override(data, override):
     """Put `--set table.key=value` into the data of a config."""
     dotted, equals, text = override.partition("=")
@@ -774,6 +774,47 @@ def parse_value(text):
         return value if isinstance(value, (str, int, float, list, dict)) else text  # 05:00:00 is a time in TOML
     return text
 
+
+def toml_value(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, float) and value == int(value):
+        return f'"{show_duration(value)}"' if value < 60 else f'"{int(value) // 60}min"'
+    return json.dumps(value)
+
+
+def example_toml(everything=True):
+    """config.example.toml, or (not everything) the short config that `init` writes."""
+    lines = ["# A run of llmrun. `python llmrun.py submit THIS-FILE` starts it.",
+             "# Paths are relative to this file; ~ and $VARIABLES may be used.", ""]
+    if everything:
+        lines[2:] = ["# Keys that stand behind a # show their default.", ""]
+
+    def add_table(schema, table):
+        keys = [field for field in dataclasses.fields(schema) if field.metadata.get("doc")]
+        shown = [field for field in keys if everything or field.metadata["example"] is not None]
+        if table and shown:
+            lines.extend([f"# {schema.__doc__.strip()}"] * everything + [f"[{table}]"])
+        for field in shown:
+            example = field.metadata["example"]
+            lines.extend(textwrap.wrap(field.metadata["doc"], 98, initial_indent="# ", subsequent_indent="# "))
+            value = toml_value(default_of(field) if example is None else example)
+            lines.append(f"{'# ' if example is None else ''}{field.name} = {value}")
+        lines.extend([""] if shown else [])
+        for field in dataclasses.fields(schema):
+            if dataclasses.is_dataclass(field.type):
+                add_table(field.type, f"{table}.{field.name}" if table else field.name)
+
+    add_table(Config, "")
+    return "\n".join(lines)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 3 · Old files
+#
+# Owns the reading of a config file, since it may be one that was written for other scripts: the lab's
+# flat config.json is turned into ours. Leaves what the keys mean to Config.
+# ═══════════════════════════════════════════════════════════════════════════════
 
 FLAT_KEYS = {"job_name": "name", "output_log": "slurm.output", "dir_llama_script": "engine.path",
              "model": "model.path", "port_rpc": "engine.llama.rpc_port", "port_server": "engine.port",
@@ -822,42 +863,27 @@ def sbatch_options(script):
     return [option for option in options if option]
 
 
-def toml_value(value):
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
-    if isinstance(value, float) and value == int(value):
-        return f'"{show_duration(value)}"' if value < 60 else f'"{int(value) // 60}min"'
-    return json.dumps(value)
-
-
-def example_toml(everything=True):
-    """config.example.toml, or (not everything) the short config that `init` writes."""
-    lines = ["# A run of llmrun. `python llmrun.py submit THIS-FILE` starts it.",
-             "# Paths are relative to this file; ~ and $VARIABLES may be used.", ""]
-    if everything:
-        lines[2:] = ["# Keys that stand behind a # show their default.", ""]
-
-    def add_table(schema, table):
-        keys = [field for field in dataclasses.fields(schema) if field.metadata.get("doc")]
-        shown = [field for field in keys if everything or field.metadata["example"] is not None]
-        if table and shown:
-            lines.extend([f"# {schema.__doc__.strip()}"] * everything + [f"[{table}]"])
-        for field in shown:
-            example = field.metadata["example"]
-            lines.extend(textwrap.wrap(field.metadata["doc"], 98, initial_indent="# ", subsequent_indent="# "))
-            value = toml_value(default_of(field) if example is None else example)
-            lines.append(f"{'# ' if example is None else ''}{field.name} = {value}")
-        lines.extend([""] if shown else [])
-        for field in dataclasses.fields(schema):
-            if dataclasses.is_dataclass(field.type):
-                add_table(field.type, f"{table}.{field.name}" if table else field.name)
-
-    add_table(Config, "")
-    return "\n".join(lines)
+def read_config(path, overrides=()):
+    """The config of a file as the user means it, and what to tell about how it was read."""
+    path = os.path.abspath(path)
+    if os.path.isfile(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
+        raise UserError(path, f"a config of {show_size(os.path.getsize(path))}",
+                        "that is no llmrun config; `init` writes one to start from")
+    data = parse_config_text(read_user_file(path, "config"), path)
+    base = os.path.dirname(path)
+    notes = []
+    if isinstance(data, dict) and "dir_llama_script" in data:
+        data, notes = from_flat_config(data, path)
+    if not isinstance(data, dict):
+        raise UserError(path, "not a table of keys", "`init` writes a config to start from")
+    for override in overrides:
+        apply_override(data, override)
+    data.pop("source", None)
+    return dataclasses.replace(build_config(Config, data, path, base), source=path), notes
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 3 · Models
+# 4 · Models
 #
 # Owns what a model file tells before it is loaded: a GGUF header becomes layers, heads and bytes,
 # and those become memory and a number of nodes. Never reads the weights themselves.
@@ -1068,7 +1094,7 @@ def what_would_fit(config, nodes, node_bytes):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 4 · Slurm
+# 5 · Slurm
 #
 # Owns everything that is Slurm's own: host lists, times, which role this process has, and
 # sbatch, squeue, scontrol and scancel behind one small class. Never parses JSON or fixed widths:
@@ -1358,12 +1384,11 @@ def check_partition(config, partitions, nodes):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 5 · Run
+# 6 · Run
 #
 # Owns the run directory: all state of a run is files in it, and this is the only place that knows
 # their paths. A start of a driver is a life; each life writes its own events, logs and journal, so
-# no file ever has two writers. From the events, and Slurm's word, it says where a run stands; what is
-# in the other files is left to others.
+# no file ever has two writers. Leaves what is in the files to the floors that write them.
 # ═══════════════════════════════════════════════════════════════════════════════
 
 
@@ -1624,6 +1649,13 @@ class Events:
         self.torn = False
 
 
+# ═══════════════════════════════════════════════════════════════════════════════
+# 7 · State
+#
+# Owns where a run stands: in one dictionary, from the events of its lives and from what Slurm says of
+# its jobs. Leaves its words and columns to Commands.
+# ═══════════════════════════════════════════════════════════════════════════════
+
 PHASES = {"start": "starting", "agents_up": "starting the engine", "engine_started": "loading the model",
           "ready": "answering", "answered": "tearing down", "stopping": "stopping", "draining": "finishing",
           "engine_died": "starting the engine again"}
@@ -1796,7 +1828,7 @@ def state_watch(run, slurm):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 6 · Environment
+# 8 · Environment
 #
 # Owns what a process is, as data, and the one shell script there is: a config becomes the
 # four-section job.sh, a pure function of it. Every value in it is quoted by `quote`.
@@ -1918,7 +1950,7 @@ def quote_with_variables(text):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 7 · Wire
+# 9 · Wire
 #
 # Owns HTTP/1.1 over plain TCP: the one reader of messages, a client that keeps connections alive,
 # and a small server. Malformed or silent peers become a WireError, never a hang or an endless buffer.
@@ -2280,7 +2312,7 @@ async def serve_http(host, port, answer):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 8 · Nodes
+# 11 · Nodes
 #
 # Owns the agent, one on every node, and the driver's view of it: starting, watching and stopping
 # processes, ports and the addresses by which nodes reach each other. They talk in JSON lines over
@@ -2792,7 +2824,7 @@ def agent_command(python, run_folder, node, slurm_job="", gpus="", overlap=False
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 9 · Engines
+# 13 · Engines
 #
 # Owns what each engine needs: what to start where, when it is ready, what its failures mean. What
 # differs between engines stands side by side in small classes; a Replica starts, watches and stops
@@ -3282,12 +3314,11 @@ async def replicas(engine, groups, tell):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 11 · Prompts
+# 15 · Input
 #
-# Owns what is asked and what came back, on disk: sources of prompts, read one at a time; the journal
-# of results; what is left to do after a restart; the files that users read. Nothing here holds all
-# prompts or all results: a row is a number, an offset into its file, one byte of state.
-# Knows nothing of HTTP.
+# Owns what is asked: sources of prompts, read once and frozen at submit, then a row at a time. Nothing
+# here holds all prompts: a row is a number and an offset into its file. Knows nothing of HTTP, nor of
+# results but for the names of their files.
 # ═══════════════════════════════════════════════════════════════════════════════
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -3831,6 +3862,15 @@ def check_result_names(config, prompts):
                            "name a folder that you may write to")
 
 
+# ═══════════════════════════════════════════════════════════════════════════════
+# 16 · Journal
+#
+# Owns what came back, on disk: the journal of results, what it holds after a restart, the files that
+# users read. Nothing here holds all results: one is a byte of state and a place in a file. Knows
+# nothing of HTTP.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
 class Result(NamedTuple):
     """What came of a prompt: a status and the body of the answer, or an error where there was no answer."""
 
@@ -4203,18 +4243,12 @@ class Tally:
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 12 · Work
+# 17 · Claims
 #
-# Owns how prompts become results: which of them are whose when drivers share a run, who asks what
-# when, retries, deadlines and the balance between replicas. The pump knows nothing of files (prompts
-# come from a function, results go to one) and nothing of engines beyond a client, a number of prompts
-# at a time, and a promise to say when they fail.
+# Owns which prompts are whose when drivers share a run: by links and beats in a folder that all of them
+# see. Leaves what is finished to the journals, which are the truth.
 # ═══════════════════════════════════════════════════════════════════════════════
 
-RETRY_STATUS = {408, 409, 425, 429}  # and all of 5xx: what can pass by itself
-MAX_ATTEMPTS = 6
-LAST_MOMENTS_S = 15.0  # before the job's end: for the last results and the teardown
-FOR_EVER_S = 30 * 86400.0
 LATER = -1  # no prompt to ask just now, but there may be one later
 
 
@@ -4389,6 +4423,20 @@ class Claims:
             if owner == self.life or self.is_gone(owner, chunk):
                 return False
         return True
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 18 · Pump
+#
+# Owns how prompts become results: who asks what when, retries, deadlines and the balance between
+# replicas. The pump knows nothing of files (prompts come from a function, results go to one) and nothing
+# of engines beyond a client, a number of prompts at a time, and a promise to say when they fail.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+RETRY_STATUS = {408, 409, 425, 429}  # and all of 5xx: what can pass by itself
+MAX_ATTEMPTS = 6
+LAST_MOMENTS_S = 15.0  # before the job's end: for the last results and the teardown
+FOR_EVER_S = 30 * 86400.0
 
 
 class Desk:
@@ -4763,7 +4811,7 @@ def retry_after(headers):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 15 · Driver
+# 21 · Driver
 #
 # Owns the life of a job, start to teardown: straight-line code whose `async with`s unwind in the
 # reverse order, whatever happens, and the signals that Slurm and users send. Leaves every part of
@@ -5228,7 +5276,7 @@ async def progress(pump, journal, tally, marks, tell):
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 16 · Commands
+# 22 · Commands
 #
 # Owns the command line: what users type, what they read, and exit codes. The only place that
 # prints. Leaves every decision to the sections below it.
@@ -5921,7 +5969,7 @@ def where_am_i():
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 17 · Assets
+# 23 · Assets
 #
 # Owns the constant texts: help topics, example prompts, the demo. Uses nothing.
 # ═══════════════════════════════════════════════════════════════════════════════
