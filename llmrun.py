@@ -2150,7 +2150,7 @@ class Connection(asyncio.Protocol):
         then, self.then = self.then, None
         self.transport.abort()
         if then and self.reused and not self.heard and not self.client.closed and clock() < self.limit:
-            self.client.send(self.request, self.limit, then)
+            self.client.send(self.request, self.limit, functools.partial(after_sent, then))
         elif then:
             then(error)
 
@@ -2164,6 +2164,11 @@ class Connection(asyncio.Protocol):
         if self in self.client.idle:
             self.client.idle.remove(self)
         self.fail(WireError(f"the connection broke: {error or 'closed by the server'}"))
+
+
+def after_sent(then, outcome):
+    """A request that a server may have read already, and have ended of: no connection now says nothing of that."""
+    then(WireError(str(outcome)) if isinstance(outcome, Unreachable) else outcome)
 
 
 CONNECT_TIMEOUT_S = 10.0

@@ -159,6 +159,27 @@ def test_a_connection_that_the_server_closed_while_it_rested_is_forgotten():
     assert run(work()) == []
 
 
+def test_a_request_of_which_the_server_died_is_not_told_as_one_that_was_never_asked():
+    """It went over a kept connection, and once more; that there is no server now does not make it innocent."""
+    async def work():
+        async def talk(reader, writer):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            await reader.readuntil(b"\r\n\r\n")
+            server.close()
+            writer.transport.abort()
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        client = llmrun.Client("127.0.0.1", server.sockets[0].getsockname()[1])
+        await client.request("GET", "/health")
+        with pytest.raises(llmrun.WireError) as told:
+            await client.request("POST", "/poison")
+        assert type(told.value) is llmrun.WireError and "cannot connect" in str(told.value)
+        with pytest.raises(llmrun.Unreachable):
+            await client.request("POST", "/another")
+        client.close()
+    run(work())
+
+
 def test_what_is_under_way_when_the_client_closes_ends_and_is_not_sent_anew():
     async def work():
         async with server_saying(OK, b"", OK, then="silence") as client:
