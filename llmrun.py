@@ -4444,23 +4444,57 @@ LAST_MOMENTS_S = 15.0  # before the job's end: for the last results and the tear
 FOR_EVER_S = 30 * 86400.0
 
 
+class InHand:
+    """A prompt from the moment it is taken from the input until it has a result. Where it stands is its tray, and
+    nothing else: `put` is the one change of state, and how many there are of a kind is how many lie in its tray."""
+
+    __slots__ = ("prompt", "tray", "timer", "attempts", "began", "alone", "broke", "deaths")
+
+    def __init__(self, prompt):
+        self.prompt, self.tray, self.timer = prompt, None, None
+        self.attempts = 0  # how often it was asked and not answered for good
+        self.began = 0.0  # when it was asked last; 0 where it was not, after all
+        self.alone = False  # it is asked while nothing else is under way at its replica
+        self.broke = None, 0.0  # the desk where its connection broke last, and when
+        self.deaths = 0  # how many engines died while it was under way
+
+    def put(self, tray):
+        """Into another tray; None is for one that has a result, or is left to another life."""
+        if self.tray is not None:
+            del self.tray[self.prompt.key]
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        self.tray = tray
+        if tray is not None:
+            tray[self.prompt.key] = self
+
+
 class Desk:
     """What one replica is asked just now, and what came back since the pump looked."""
 
     def __init__(self, replica):
         self.replica = replica
-        self.under_way = {}  # key → (prompt, attempts so far, when it was asked)
-        self.broken = {}  # key → when its connection broke, unless it was answered since
-        self.alone = None  # the same of a suspect, which is asked alone
-        self.came = []  # (key, Message or WireError)
+        self.under_way = {}  # the tray of what it is asked
+        self.came = []  # (prompt in hand, Message or WireError)
+        self.victims = []  # what was under way when it ended, of which one may be the cause
         self.turn, self.alarm = asyncio.Event(), None
 
-    def ask(self, prompt, attempts, began, limit):
-        self.under_way[prompt.key] = prompt, attempts, began
-        self.replica.client.ask("POST", prompt.url, prompt.body, limit, functools.partial(self.put, prompt.key))
+    @property
+    def room(self):
+        """How many more it may be asked; none beside a prompt that is to be alone."""
+        if len(self.under_way) == 1 and next(iter(self.under_way.values())).alone:
+            return 0
+        return max(0, self.replica.engine.in_flight - len(self.under_way))
 
-    def put(self, key, outcome):
-        self.came.append((key, outcome))
+    def ask(self, hand, alone, now, limit):
+        hand.alone, hand.began = alone, now
+        hand.put(self.under_way)
+        prompt = hand.prompt
+        self.replica.client.ask("POST", prompt.url, prompt.body, limit, functools.partial(self.answered, hand))
+
+    def answered(self, hand, outcome):
+        self.came.append((hand, outcome))
         self.turn.set()
 
     def look_again(self, delay_s):
@@ -4490,16 +4524,14 @@ class Pump:
     def __init__(self, next_number, read, finish, ends_at, held=lambda: ""):
         self.next_number, self.read, self.finish = next_number, read, finish
         self.ends_at, self.held = ends_at, held
-        self.desks = {}  # replica → its desk
-        self.again = collections.deque()  # (prompt, attempts so far) to ask once more
-        self.timers = {}  # key → (timer, prompt, attempts) of those whose time to be asked once more has not come
-        self.unfinished = 0  # taken from the input and not finished
+        self.waiting = {}  # trays, key → InHand: to be asked once more as soon as there is room,
+        self.resting = {}  # when its time has come,
+        self.suspects = {}  # or alone: two engines died with it under way
+        self.desks = {}  # replica → its desk, with the tray of what is under way there
         self.exhausted = self.draining = False
         self.over = asyncio.Event()  # nothing is left to ask or to wait for, not even for an engine that starts
         self.first_sent = None
         self.usual_s = 0.0  # how long a prompt takes: a moving average of the answered ones
-        self.deaths = collections.Counter()  # key → how many engines died while it was under way
-        self.suspects = collections.deque()  # (prompt, attempts) to ask alone: two engines died with it under way
 
     async def run(self, pairs):
         """Work with each replica from the moment it is ready; fails when the last one has."""
@@ -4522,8 +4554,12 @@ class Pump:
             await asyncio.gather(over, *tasks, return_exceptions=True)
 
     @property
+    def trays(self):
+        return [self.waiting, self.resting, self.suspects] + [desk.under_way for desk in self.desks.values()]
+
+    @property
     def finished(self):
-        return (self.exhausted or self.draining) and not self.unfinished
+        return (self.exhausted or self.draining) and not any(self.trays)
 
     async def work_with(self, replica, start):
         """Ask one replica until all is done, and again after each time that it dies and comes back."""
@@ -4533,41 +4569,28 @@ class Pump:
             if not error.killed:
                 raise
             await replica.recover(error, restarts=1)
-        while True:
-            desk = self.desks[replica.number] = Desk(replica)
-            try:
-                return await replica.unless_failed(self.serve(desk))
-            except EngineFailed as error:
-                since = clock() - self.DEATH_NOTICE_S
-                await asyncio.sleep(self.DEATH_PAUSE_S)
-                self.blame(desk, since)
-                if self.finished:
-                    return
+        try:
+            while True:
+                desk = self.desks[replica.number] = Desk(replica)
                 try:
+                    return await replica.unless_failed(self.serve(desk))
+                except EngineFailed as error:
+                    await asyncio.sleep(self.DEATH_PAUSE_S)
+                    self.blame(desk)
+                    if self.finished:
+                        return None
                     await replica.recover(error)
-                except ClusterError:
-                    self.give_up(desk)
-                    raise
-            except ClusterError:  # a node was lost
-                self.give_up(desk)
-                raise
-
-    def give_up(self, desk):
-        """Whoever is left must ask what was to be asked alone here."""
-        if desk.alone:
-            prompt, attempts, _ = desk.alone
-            self.put_back(prompt, attempts)
-        self.again.extend(self.suspects)
-        self.suspects.clear()
-        self.wake_all()
+        except ClusterError:  # it dies again and again, or its node was lost: the others ask what was kept for it
+            for hand in list(self.suspects.values()):
+                hand.put(self.waiting)
+            self.wake_all()
+            raise
 
     def time_left(self):
         """How long a prompt that is asked now may take."""
         return min(self.ends_at - LAST_MOMENTS_S - clock(), FOR_EVER_S)
 
     async def serve(self, desk):
-        while self.suspects:
-            await self.ask_alone(desk, *self.suspects.popleft())
         try:
             self.fill(desk)
             while not self.finished:
@@ -4583,17 +4606,18 @@ class Pump:
             self.drain()
         if self.held():
             return desk.look_again(self.REST_S)
-        taken = self.take(desk.replica.engine.in_flight - len(desk.under_way))
+        alone = bool(self.suspects) and not desk.under_way
+        taken = [next(iter(self.suspects.values()))] if alone else self.take(desk.room)
         now = clock()
         limit = now + self.time_left()
         if taken and not self.first_sent:
             self.first_sent = now
-        for prompt, attempts in taken:
-            desk.ask(prompt, attempts, now, limit)
+        for hand in taken:
+            desk.ask(hand, alone, now, limit)
 
     def take(self, room):
-        """Up to so many prompts to ask now, each with its attempts so far."""
-        again = [self.again.popleft() for _ in range(min(room, len(self.again)))]
+        """Up to so many prompts to ask now, those first that are to be asked once more."""
+        again = list(itertools.islice(self.waiting.values(), room))
         numbers = []
         while len(again) + len(numbers) < room and not (self.exhausted or self.draining):
             number = self.next_number()
@@ -4603,38 +4627,43 @@ class Pump:
                 self.exhausted = True
             else:
                 numbers.append(number)
-        self.unfinished += len(numbers)
-        return again + [(prompt, 0) for prompt in map(self.read, numbers)]
+        return again + [InHand(prompt) for prompt in map(self.read, numbers)]
 
     def settle_all(self, desk):
         results = []
-        for key, outcome, reply in [(key, outcome, reply_of(outcome)) for key, outcome in desk.take()]:
-            if isinstance(outcome, WireError):
-                desk.broken[key] = clock()
-            elif desk.broken:
-                desk.broken.pop(key, None)
+        for hand, outcome, reply in [(hand, outcome, reply_of(outcome)) for hand, outcome in desk.take()]:
             if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
-                asyncio.get_running_loop().call_later(self.REST_S, self.not_asked, desk, key)
+                hand.began = 0.0
+                self.after(self.REST_S, desk, hand, self.put_back)
                 continue
-            prompt, attempts, began = desk.under_way.pop(key)
-            result = self.settle(desk, prompt, attempts + 1, began, reply)
+            hand.broke = (desk, clock()) if isinstance(outcome, WireError) else (None, 0.0)
+            if hand.alone and hand.broke[0]:  # did the engine die of it? Nothing else is asked until that is known
+                self.after(self.DEATH_NOTICE_S, desk, hand, lambda hand, reply=reply: self.settle(desk, hand, reply))
+                continue
+            result = self.settle(desk, hand, reply)
             if result:
                 results.append(result)
         if results:
             self.finish(results)
 
-    def not_asked(self, desk, key):
-        if key in desk.under_way:
-            prompt, attempts, _ = desk.under_way.pop(key)
-            self.put_back(prompt, attempts)
+    def after(self, delay_s, desk, hand, step):
+        """Take a step with a prompt that has kept its place at the desk for so long."""
+        def now():
+            if hand.tray is desk.under_way:
+                result = step(hand)
+                if result:
+                    self.finish([result])
+                self.wake_all()
+        hand.timer = asyncio.get_running_loop().call_later(delay_s, now)
 
     def leave(self, desk):
         """What is under way goes back: its replica failed, or the run is stopping, and it was not answered."""
         self.settle_all(desk)
-        for prompt, attempts, _ in desk.under_way.values():
-            self.put_back(prompt, attempts)
-        desk.broken.update(dict.fromkeys(desk.under_way, math.inf))
-        desk.under_way.clear()
+        since = clock() - self.DEATH_NOTICE_S
+        desk.victims = [hand for tray in self.trays for hand in tray.values() if (
+            hand.began if tray is desk.under_way else hand.broke[0] is desk and hand.broke[1] > since)]
+        for hand in list(desk.under_way.values()):
+            self.put_back(hand)
         self.wake_all()
 
     def wake_all(self):
@@ -4643,83 +4672,56 @@ class Pump:
         if self.finished:
             self.over.set()
 
-    def put_back(self, prompt, attempts):
-        if self.draining:
-            self.unfinished -= 1
-        else:
-            self.again.append((prompt, attempts))
+    def put_back(self, hand):
+        """To be asked again by whoever has room, a suspect by whoever has nothing else; or by another life."""
+        hand.put(None if self.draining else self.suspects if hand.alone else self.waiting)
         self.wake_all()
 
-    def settle(self, desk, prompt, attempts, began, reply):
+    def settle(self, desk, hand, reply):
         """The result that a reply makes, or none: it is asked once more where that may help."""
         status, *_, wait_s = reply
+        hand.attempts += 1
         if status == 200:
-            took = clock() - began
+            took = clock() - hand.began
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
-        elif can_pass(status) and (attempts < MAX_ATTEMPTS or self.draining):
-            delay = max(wait_s, min(30.0, 0.25 * 2 ** attempts)) * (0.75 + secrets.randbelow(500) / 1000)
-            self.later(delay, prompt, attempts)
+        elif can_pass(status) and (hand.attempts < MAX_ATTEMPTS or self.draining):
+            delay = max(wait_s, min(30.0, 0.25 * 2 ** hand.attempts)) * (0.75 + secrets.randbelow(500) / 1000)
+            self.rest(hand, delay)
             return None
-        return self.conclude(desk, prompt, attempts, began, reply)
+        return self.conclude(desk, hand, reply)
 
-    def conclude(self, desk, prompt, attempts, began, reply):
+    def conclude(self, desk, hand, reply):
         status, body, answer, error, _ = reply
-        self.unfinished -= 1
-        return Result(prompt, status, body, answer, error, began + CLOCK_TO_DATE, clock() - began, attempts,
-                      desk.replica.number)
+        hand.put(None)
+        return Result(hand.prompt, status, body, answer, error, hand.began + CLOCK_TO_DATE, clock() - hand.began,
+                      hand.attempts, desk.replica.number)
 
-    def later(self, delay_s, prompt, attempts):
+    def rest(self, hand, delay_s):
         """Ask once more after a while; the slot is free meanwhile."""
-        def now():
-            del self.timers[prompt.key]
-            self.put_back(prompt, attempts)
         if self.draining:
-            return self.put_back(prompt, attempts)
-        self.timers[prompt.key] = asyncio.get_running_loop().call_later(delay_s, now), prompt, attempts
+            return self.put_back(hand)
+        hand.put(self.resting)
+        hand.timer = asyncio.get_running_loop().call_later(delay_s, self.put_back, hand)
 
     def drain(self):
         """Let the prompts under way finish; take no new ones, and none once more."""
         self.draining = True
-        for timer, _, _ in self.timers.values():
-            timer.cancel()
-        for left in (self.again, self.timers, self.suspects):
-            self.unfinished -= len(left)
-            left.clear()
+        for tray in (self.waiting, self.resting, self.suspects):
+            for hand in list(tray.values()):
+                hand.put(None)
         self.wake_all()
 
-    def blame(self, desk, since):
+    def blame(self, desk):
         """An engine died. What was under way in two such deaths is asked alone, which tells the one from the others."""
-        if desk.alone:
-            prompt, attempts, began = desk.alone
-            desk.replica.forgive()
-            self.finish([self.conclude(desk, prompt, attempts + 1, began, no_reply(
-                "engine_died", "in flight when the engine died, also when it was asked alone"))])
-            desk.alone = None
-        suspected = {key for key, broke in desk.broken.items() if broke > since}
-        self.deaths.update(suspected)
-        suspected = {key for key in suspected if self.deaths[key] >= 2}
-        for key in suspected & set(self.timers):
-            timer, prompt, attempts = self.timers.pop(key)
-            timer.cancel()
-            self.again.append((prompt, attempts))
-        self.suspects.extend(item for item in self.again if item[0].key in suspected)
-        self.again = collections.deque(item for item in self.again if item[0].key not in suspected)
-
-    async def ask_alone(self, desk, prompt, attempts):
-        """Ask a suspect while nothing else is under way at this replica."""
-        began = clock()
-        desk.alone = prompt, attempts, began
-        try:
-            outcome = await desk.replica.client.request("POST", prompt.url, prompt.body, self.time_left())
-        except WireError as broken:
-            outcome = broken
-        status, *_ = reply = reply_of(outcome)
-        if not status:
-            await asyncio.sleep(self.DEATH_NOTICE_S)
-        desk.alone = None
-        result = self.settle(desk, prompt, attempts + 1, began, reply)
-        if result:
-            self.finish([result])
+        for hand in desk.victims:
+            hand.deaths += 1
+            if hand.alone and hand.tray is not None:
+                hand.attempts += 1
+                desk.replica.forgive()
+                self.finish([self.conclude(desk, hand, no_reply(
+                    "engine_died", "in flight when the engine died, also when it was asked alone"))])
+            elif hand.deaths >= 2 and (hand.tray is self.waiting or hand.tray is self.resting):
+                hand.put(self.suspects)
 
 
 def can_pass(status):

@@ -277,8 +277,8 @@ def test_a_suspect_whose_node_is_lost_is_asked_by_another():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results = []
         pump = llmrun.Pump(taken_from(range(5)), read, results.extend, llmrun.math.inf)
-        pump.suspects.extend([(read(98), 2), (read(99), 2)])
-        pump.unfinished = 2
+        for number in (98, 99):
+            llmrun.InHand(read(number)).put(pump.suspects)
         losing = asyncio.ensure_future(lose(pump, groups, results))
         pairs = [(group, asyncio.ensure_future(asyncio.sleep(0.3 * group.number))) for group in groups]
         await pump.run(pairs)
