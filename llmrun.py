@@ -1209,6 +1209,7 @@ class Job(NamedTuple):
     left: str
     nodes: str
     ahead: int = 0  # waiting jobs that come before it
+    killed_by: str = ""  # the signal that its batch process died of
 
 
 class Partition(NamedTuple):
@@ -1264,6 +1265,7 @@ class Slurm:
 
     def __init__(self, environ):
         self.environ = dict(environ, LC_ALL="C", SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
+        self.deaths = {}  # job → the signal that its batch process died of, which is asked once
 
     def call(self, *argv, environ=None):
         try:
@@ -1294,7 +1296,16 @@ class Slurm:
         if any(row.state == "PENDING" for row in rows):
             ahead = self.waiting_before()
             rows = [row._replace(ahead=ahead.get(int(row.job), 0)) for row in rows]
+        rows = [row._replace(killed_by=self.death_of(row.job)) if row.state == "FAILED" else row for row in rows]
         return {int(row.job): row for row in rows}
+
+    def death_of(self, job):
+        """The signal that a job's batch process died of, by its name, or ""."""
+        if job not in self.deaths:
+            ended = re.search(r"\bExitCode=\d+:(\d+)", self.detail(job))
+            number = int(ended.group(1)) if ended else 0
+            self.deaths[job] = signal.Signals(number).name if number else ""
+        return self.deaths[job]
 
     def waiting_before(self):
         """{job: how many waiting jobs of its partition have a higher priority}."""
@@ -1545,6 +1556,13 @@ class Run:
         told = [event for event in self.events(life) if event["event"] == "progress"]
         return told[-1] if told else {}
 
+    def bore_fruit(self, life):
+        """Whether a life did some of what it was for: it answered or, where its work is no prompts, was ready to."""
+        events = self.events(life)
+        if events[0].get("work", "prompts") == "prompts":
+            return bool(self.progress(life).get("answers"))
+        return any(event["event"] == "ready" for event in events)
+
     def events_file(self, life):
         return self.folder / "events" / f"{life}.jsonl"
 
@@ -1631,6 +1649,22 @@ def all_runs(folder):
     return [Run(path) for path in sorted(folders, key=lambda path: (path / "key").stat().st_mtime_ns)]
 
 
+NOBODY, REQUEUED, SUCCESSOR, OTHERS = "", "requeued", "successor", "others"
+
+
+class Ending(NamedTuple):
+    """How a life ended, and who goes on after it. The driver tells it as the life's last event, State reads it back."""
+
+    code: int
+    why: str = ""
+    next: str = NOBODY  # or the same job once more, another job, or other jobs that are at it already
+    job: int = 0  # the successor's
+
+    @classmethod
+    def told_by(cls, event):
+        return cls(event["code"], event["why"], event["next"], event.get("job", 0))
+
+
 class Events:
     """Writes what happened in one life, one line a change."""
 
@@ -1663,103 +1697,127 @@ VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAIL
             INTERRUPTED: "interrupted"}
 
 
-def state_of(run, jobs, slurm):
+class LifeState:
+    """What the events of one life tell, and Slurm where they tell nothing more."""
+
+    def __init__(self, life, events, job):
+        self.life, self.events, self.job = life, events, job
+        self.phase, self.detail, self.lost, self.progress = "starting", "", [], {}
+        for event in events:
+            self.hear(event["event"], event)
+        self.last_word = events[-1] if events[-1]["event"] == "end" else {}
+        self.ending = Ending.told_by(self.last_word) if self.last_word else self.silent_ending()
+        counts = {**self.progress, **self.last_word}
+        self.own_failed = counts.get("own_failed", 0)
+        self.answered = counts.get("answered", counts.get("answers", 0) - self.own_failed)
+
+    def hear(self, name, event):
+        if name in PHASES:
+            self.phase, self.detail = PHASES[name], event.get("why", "")
+        elif name == "progress":
+            self.progress = event
+            if self.phase == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
+                self.phase = "answering"
+        elif name == "engine_says" and self.phase == "loading the model":
+            self.detail = event["line"]
+        elif name == "journal_trouble":
+            self.detail = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
+        elif name == "journal_well":
+            self.detail = ""
+        elif name == "node_lost":
+            self.lost.append(f"{event['node']}: {event['why']}")
+
+    def silent_ending(self):
+        """A driver that says nothing of its end was killed. None while it lives, or Slurm has yet to see that."""
+        job = self.job
+        if is_alive(self.events[0], job):
+            self.phase = "suspended" if job and job.state == "SUSPENDED" else self.phase
+            return None
+        if job and job.state not in (*ENDED_STATES, "PENDING"):
+            self.phase = "stopping"
+            return None
+        by = job and (ENDINGS.get(job.state) or job.killed_by and f"by {job.killed_by}")
+        return Ending(CLUSTER_FAILED, f"the driver was killed{f' ({by})' if by else ''}; finished prompts are kept",
+                      REQUEUED if job and job.state == "PENDING" else NOBODY)
+
+    @property
+    def began(self):
+        return self.events[0]["time"]
+
+    @property
+    def ended(self):
+        return self.events[-1]["time"]
+
+    @property
+    def complete(self):
+        """Whether there was nothing left to do when it ended."""
+        return self.ending is not None and self.ending.code in (DONE, SOME_FAILED)
+
+    def per_second(self, count):
+        return self.progress[count] / self.progress["working_s"] if self.progress.get("working_s") else 0.0
+
+    def shown(self):
+        """An ended life as the state of its run; where it was killed, the counts are not its own to tell."""
+        counts = {name: self.last_word[name] for name in ("done", "failed") if name in self.last_word}
+        return {"state": VERDICTS[self.ending.code] if self.last_word else "killed", "exit_code": self.ending.code,
+                "detail": self.ending.why or self.detail, **counts}
+
+
+def state_of(run, jobs):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
     submits, total = run.submits(), shape_of(run.folder)
-    submitted = list(submits)
-    lives = [state_of_life(run, life, jobs, slurm) for life in run.lives()]
-    state = {"run": run.name, "folder": str(run.folder), "job": submitted[-1] if submitted else 0, "state": "new",
-             "detail": "", "done": 0, "failed": 0, "total": total, "tokens_per_s": 0.0, "left_s": None,
-             "exit_code": None, "nodes": [], "lost": [], "jobs": 0}
+    lives = [LifeState(life, run.events(life), jobs.get(life.job)) for life in run.lives()]
+    job = next(reversed([*submits] or [life.life.job for life in lives] or [0]))
+    state = {"run": run.name, "folder": str(run.folder), "job": job, "state": "new", "detail": "",
+             "done": min(total, sum(life.answered for life in lives)), "failed": sum(life.own_failed for life in lives),
+             "total": total, "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": [],
+             "lost": [lost for life in lives for lost in life.lost], "jobs": 0}
     if not lives:
-        return dict(state, **state_before_start(run, state["job"], jobs.get(state["job"])))
-    complete = [life for life in lives if life["exit_code"] in (DONE, SOME_FAILED)]
-    going = [life for life in lives if life["exit_code"] is None]
-    if complete and not any(life["began"] > complete[-1]["ended"] for life in going):
-        going = []
-    ids = {life["job"] for life in lives} | set(submitted)
-    latest = {life["job"]: life for life in lives}
-    waiting = [job for number, job in jobs.items() if number in ids and job.state in ("PENDING", "REQUEUED")
-               and (number not in latest or latest[number]["next"])]  # else it was waiting when Slurm was asked
-    state.update(
-        job=state["job"] or lives[-1]["job"], lost=[lost for life in lives for lost in life["lost"]],
-        done=min(total, sum(life["answered"] for life in lives)), failed=sum(life["own_failed"] for life in lives))
-    if going:
-        return dict(state, **state_of_going(going, state))
-    if complete:
-        shown = complete[-1]
-    elif waiting or is_fresh(submits, lives, jobs):
-        return dict(state, state="pending", detail=pending_words(waiting[0]) if waiting else "just submitted")
-    else:
-        requeued = [life for life in latest.values() if life["next"] == "requeued" and not job_ended(jobs, life)]
-        if requeued:
-            return dict(state, state="pending", detail=f"{requeued[0]['detail']}; it was put back into the queue")
-        last = [life for life in latest.values() if not life["next"]] or lives[-1:]
-        shown = max(last, key=lambda life: life["exit_code"])
-    return dict(state, **{name: shown[name] for name in ("state", "detail", "done", "failed", "exit_code")})
+        return {**state, **state_before_start(run, job, jobs.get(job))}
+    complete = next((life for life in reversed(lives) if life.complete), None)
+    going = [life for life in lives if life.ending is None]
+    if going and not (complete and all(life.began <= complete.ended for life in going)):
+        return {**state, **state_of_going(going, state)}
+    return {**state, **(complete.shown() if complete else state_of_stopped(lives, submits, jobs))}
 
 
 def state_of_going(going, state):
     """The lives that run, as one: the first of them that has got farthest, and the sums."""
-    shown = next((life for life in going if life["state"] == "answering"), going[0])
-    rate = sum(life["prompts_per_s"] for life in going)
+    shown = next((life for life in going if life.phase == "answering"), going[0])
+    rate = sum(life.per_second("answers") for life in going)
     left = state["total"] - state["done"] - state["failed"]
-    return {"state": shown["state"], "detail": shown["detail"], "jobs": len(going),
-            "nodes": [node for life in going for node in life["nodes"]],
-            "tokens_per_s": round(sum(life["tokens_per_s"] for life in going), 1),
+    return {"state": shown.phase, "detail": shown.detail, "jobs": len(going),
+            "nodes": [node for life in going for node in life.events[0]["nodes"]],
+            "tokens_per_s": round(sum(life.per_second("tokens") for life in going), 1),
             "left_s": round(left / rate) if rate else None}
+
+
+def state_of_stopped(lives, submits, jobs):
+    """A run with work left and no life: a job of it waits, or soon will; else the last word of those that ended."""
+    latest = {life.life.job: life for life in lives}
+    waiting = [job for number, job in jobs.items() if job.state in ("PENDING", "REQUEUED")
+               and (latest[number].ending.next if number in latest else number in submits)]
+    if waiting:
+        return {"state": "pending", "detail": pending_words(waiting[0])}
+    if is_fresh(submits, lives, jobs):
+        return {"state": "pending", "detail": "just submitted"}
+    requeued = [life for life in latest.values() if life.ending.next == REQUEUED and not job_ended(life)]
+    if requeued:
+        return {"state": "pending", "detail": f"{requeued[0].ending.why}; it was put back into the queue"}
+    last = [life for life in latest.values() if life.ending.next == NOBODY] or lives[-1:]
+    return max(last, key=lambda life: life.ending.code).shown()
 
 
 def is_fresh(submits, lives, jobs):
     """Whether a job was submitted that has not begun yet; of one that Slurm has not been asked about, for a minute."""
-    begun = {life["submitted"] for life in lives}
+    begun = {life.events[0]["submitted"] for life in lives}
     return any(jobs[job].state not in ENDED_STATES if job in jobs else time.time() - record["time"] < 60
                for job, record in submits.items() if job not in begun)
 
 
-def job_ended(jobs, life):
+def job_ended(life):
     """Whether a job that should go on has ended after all: cancelled in the queue, say."""
-    job = jobs.get(life["job"])
-    return job.state in ENDED_STATES if job else time.time() - life["ended"] > 60
-
-
-def state_of_life(run, life, jobs, slurm):
-    """What one life's events say of it, and Slurm where it says nothing more."""
-    state = {"job": life.job, "state": "starting", "detail": "", "answered": 0, "own_failed": 0, "tokens_per_s": 0.0,
-             "prompts_per_s": 0.0, "exit_code": None, "nodes": [], "lost": [], "next": "", "done": 0, "failed": 0}
-    events = run.events(life)
-    for event in events:
-        name = event["event"]
-        if name == "start":
-            state.update(nodes=event["nodes"], began=event["time"], submitted=event["submitted"])
-        if name == "progress":
-            if state["state"] == "starting" and event["answers"]:  # a long run: its "ready" is out of sight
-                state["state"] = "answering"
-            time_s = event["working_s"]
-            state.update(answered=event["answers"] - event["own_failed"], own_failed=event["own_failed"],
-                         tokens_per_s=event["tokens"] / time_s if time_s else 0,
-                         prompts_per_s=event["answers"] / time_s if time_s else 0)
-        if name in PHASES:
-            state.update(state=PHASES[name], detail=event.get("why", ""))
-        if name == "engine_says" and state["state"] == "loading the model":
-            state["detail"] = event["line"]
-        if name == "journal_trouble":
-            state["detail"] = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
-        if name == "journal_well":
-            state["detail"] = ""
-        if name == "node_lost":
-            state["lost"].append(f"{event['node']}: {event['why']}")
-        if name == "end":
-            return dict(state, state=VERDICTS[event["code"]], detail=event["why"] or state["detail"],
-                        ended=event["time"], exit_code=event["code"], done=event["done"], failed=event["failed"],
-                        answered=event["answered"], own_failed=event["own_failed"], next=event["next"])
-    job = jobs.get(life.job)
-    if is_alive(events[0], job):
-        return dict(state, state="suspended") if job and job.state == "SUSPENDED" else state
-    if job and job.state not in ENDED_STATES and slurm:  # Slurm has yet to see it, and may start it again
-        return dict(state, state="stopping") if job.state != "PENDING" else dict(
-            state, **how_it_died(run, events[0], job, slurm), next="requeued", ended=events[-1]["time"])
-    return dict(state, **how_it_died(run, events[0], job, slurm), ended=events[-1]["time"])
+    return life.job.state in ENDED_STATES if life.job else time.time() - life.ended > 60
 
 
 @functools.lru_cache(maxsize=None)
@@ -1795,16 +1853,6 @@ def is_alive(start, job):
     return job is not None and job.state not in ENDED_STATES
 
 
-def how_it_died(run, start, job, slurm):
-    """A driver that ended without a word was killed; Slurm may know by what."""
-    why = ENDINGS.get(job.state, "") if job else ""
-    exit_code = re.search(r"\bExitCode=\d+:(\d+)", slurm.detail(start["job"])) if slurm and start["job"] else None
-    if not why and exit_code and exit_code.group(1) != "0":
-        why = f"by {signal.Signals(int(exit_code.group(1))).name}"
-    return {"state": "killed", "exit_code": CLUSTER_FAILED,
-            "detail": f"the driver was killed{f' ({why})' if why else ''}; finished prompts are kept"}
-
-
 def state_watch(run, slurm):
     """A function that gives the run's state: its own files each time, Slurm's word at most every 15 s."""
     jobs, asked, doubted = {}, -math.inf, set()
@@ -1818,11 +1866,11 @@ def state_watch(run, slurm):
     def look():
         if slurm and clock() - asked >= 15:
             ask()
-        state = state_of(run, jobs, slurm)
+        state = state_of(run, jobs)
         if slurm and state["state"] in ("killed", "stopping") and state["job"] not in doubted:
             doubted.add(state["job"])  # Slurm's word is from before that, so ask once out of turn
             ask()
-            state = state_of(run, jobs, slurm)
+            state = state_of(run, jobs)
         return state
     return look
 
@@ -4876,13 +4924,17 @@ def end_of_job(environ, detail):
 PREEMPTED = "preempted: a job of higher priority gets the nodes"
 
 
-class Ending(NamedTuple):
-    """How a life ended, and what that means for the work that is left."""
+class Stop(NamedTuple):
+    """Why a life's work stopped, and what that means for the work that is left."""
 
     code: int
     why: str = ""
     go_on: bool = False  # by another life of this job, or another job
     without: Tuple[str, ...] = ()  # nodes that it should not be given again
+
+    def ending(self, more="", next=NOBODY, job=0):
+        """The ending that it leads to, with more words for the user; who leaves the rest to somebody has not failed."""
+        return Ending(self.code if next == NOBODY else WORK_LEFT, "; ".join(filter(None, [self.why, more])), next, job)
 
 
 class Orders:
@@ -4890,52 +4942,52 @@ class Orders:
 
     EARLY_S = 90.0  # Slurm's warning comes up to half a minute sooner than asked for
 
-    def __init__(self, run, config, allocation, tell):
-        self.run, self.config, self.allocation, self.tell = run, config, allocation, tell
-        self.driver, self.loop = asyncio.current_task(), asyncio.get_running_loop()
-        self.pump, self.nodes, self.ending, self.asking = None, [], None, None
-        self.drained = Ending(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
+    def __init__(self, driver, work):
+        self.driver, self.work, self.tell, self.ends_at = driver, work, driver.tell, driver.allocation.ends_at
+        self.task, self.loop = asyncio.current_task(), asyncio.get_running_loop()
+        self.nodes, self.stopped, self.asking = [], None, None
+        self.drained = Stop(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
         self.agent_termed = asyncio.Event()
         self.loading_since = None
         stopping = [(signal.SIGTERM, WORK_LEFT, "told to end (SIGTERM)"), (signal.SIGINT, INTERRUPTED, "interrupted"),
                     (signal.SIGHUP, WORK_LEFT, "the terminal was closed")]
         for number, code, why in stopping:
-            self.loop.add_signal_handler(number, self.stop, Ending(code, why))
+            self.loop.add_signal_handler(number, self.stop, Stop(code, why))
         self.loop.add_signal_handler(signal.SIGUSR1, self.on_warning)
-        self.loop.add_signal_handler(signal.SIGUSR2, self.stop, Ending(WORK_LEFT, "its batch process was killed", True))
+        self.loop.add_signal_handler(signal.SIGUSR2, self.stop, Stop(WORK_LEFT, "its batch process was killed", True))
 
-    def stop(self, ending):
+    def stop(self, stop):
         """End now: unwind everything. Both TERM and INT may come twice; the first one counts."""
-        if self.ending is None:
-            self.ending = ending
-            self.tell("stopping", why=ending.why)
-            self.driver.cancel()
+        if self.stopped is None:
+            self.stopped = stop
+            self.tell("stopping", why=stop.why)
+            self.task.cancel()
 
     def on_warning(self):
         """USR1: Slurm's word that time is short, which we know already, or a user's that running prompts may finish."""
-        if self.run.stop.exists() or not self.allocation.ends_at - clock() < self.config.slurm.grace + self.EARLY_S:
+        told_to_stop = self.driver.run.stop.exists()
+        if told_to_stop or not self.ends_at - clock() < self.driver.config.slurm.grace + self.EARLY_S:
             self.tell("draining")
-            self.drain(Ending(WORK_LEFT, "told to finish what is under way (SIGUSR1)", not self.run.stop.exists()))
+            self.drain(Stop(WORK_LEFT, "told to finish what is under way (SIGUSR1)", not told_to_stop))
 
     def time_is_up(self):
         """What is left of the job's time is for the teardown. Prompts that would not end before it were not asked."""
-        late = self.pump is None or not self.pump.first_sent
         loaded = f", after {show_duration(clock() - self.loading_since)} of loading" if self.loading_since else ""
-        self.drain(Ending(WORK_LEFT, f"the time limit came before the engine was ready{loaded}: raise [slurm] time"
-                          if late else self.drained.why, go_on=True))
+        self.drain(self.drained if self.work.started else Stop(
+            WORK_LEFT, f"the time limit came before the engine was ready{loaded}: raise [slurm] time", go_on=True))
 
-    def drain(self, ending):
+    def drain(self, stop):
         """Let what is under way finish; where nothing is, end now."""
-        if self.pump and self.pump.first_sent:
-            self.drained = ending
-            self.pump.drain()
+        if self.work.started:
+            self.drained = stop
+            self.work.drain()
         else:
-            self.stop(ending)
+            self.stop(stop)
 
     def on_agent_term(self):
         """Slurm ends our steps. Preempting with grace, it tells the agents first and this driver nothing."""
         self.agent_termed.set()
-        if self.asking is None and self.allocation.job:
+        if self.asking is None and self.driver.allocation.job:
             self.asking = asyncio.ensure_future(self.ask_why())
 
     async def ask_why(self):
@@ -4943,16 +4995,41 @@ class Orders:
             node.hold(30)
         detail = await self.detail()
         if re.search(r"\bPreemptTime=\d", detail) and "JobState=RUNNING" in detail:
-            self.stop(Ending(WORK_LEFT, PREEMPTED, go_on=True))
+            self.stop(Stop(WORK_LEFT, PREEMPTED, go_on=True))
+
+    async def look_at_the_end(self):
+        """A job that was suspended ends so much later."""
+        if self.driver.allocation.job:
+            self.ends_at = end_of_job({}, await self.detail())
+            self.work.until(self.ends_at)
 
     async def detail(self):
-        return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.allocation.job)
+        return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.driver.allocation.job)
 
     async def meant_to_end(self):
         """Whether Slurm is ending the job: its TERM may reach an engine a moment before it reaches us."""
         with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
             await within(0.5, self.agent_termed.wait())
-        return self.agent_termed.is_set() or self.ending is not None
+        return self.agent_termed.is_set() or self.stopped is not None
+
+
+@contextlib.asynccontextmanager
+async def tending(work, orders):
+    """While the work goes on: all that it wants to be done now and then, and an eye on the time."""
+    async def tend():
+        while True:
+            if await stalled(work.TEND_S):  # suspended, maybe
+                await orders.look_at_the_end()
+            work.tend()
+            if clock() > orders.ends_at - LAST_MOMENTS_S:
+                orders.time_is_up()
+            elif not work.started and work.finished:
+                orders.stop(Stop(DONE, "the other jobs have answered all"))
+    task = asyncio.ensure_future(tend())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def supervise(live_once):
@@ -4983,9 +5060,141 @@ def supervise(live_once):
             return WORK_LEFT
 
 
-def drive(run, allocation, shape=0, failed_again=False):
+class Prompts:
+    """The work of a run that has prompts: from the input through claims and pump into the journal, and the results.
+
+    A life may be for other work, such as to serve until it is stopped: `drive` asks for no more than stands here.
+    `begin` makes it; `finished` says that nothing is left to do, `started` that something is under way that a drain
+    can wait for."""
+
+    name = "prompts"
+    TEND_S = Claims.LOOK_S
+
+    def __init__(self, run, config, claims, journal, tell):
+        self.run, self.config, self.claims, self.journal, self.tell = run, config, claims, journal, tell
+        self.tally, self.pump, self.beaten = Tally(), None, clock()
+
+    @classmethod
+    def begin(cls, driver, failed_again=False):
+        run, life = driver.run, driver.life
+        journal = patiently("cannot begin", lambda: Journal(run, life, driver.tell))
+        prompts = Input.load(run, driver.config, model_name(driver.config))
+        claims = Claims(run, life, Marks(run, prompts), chunk_starts(len(prompts), run.config().slurm.jobs))
+        if failed_again:
+            claims.marks.forget_failures()
+        return cls(run, driver.config, claims, journal, driver.tell)
+
+    @property
+    def finished(self):
+        return self.claims.finished
+
+    @property
+    def started(self):
+        return bool(self.pump and self.pump.first_sent)
+
+    async def do(self, pairs, ends_at):
+        """Every prompt, asked of these replicas."""
+        marks = self.claims.marks
+        self.pump = Pump(self.claims.next, marks.prompts.prompt, self.keep, ends_at, lambda: self.journal.trouble)
+        async with self.reporting():
+            await self.pump.run(pairs)
+            await self.journal.written(self.pump.ends_at - LAST_MOMENTS_S)
+            self.tell("answered", done=marks.count(Marks.DONE), failed=marks.count(Marks.FAILED))
+
+    def keep(self, results):
+        self.journal.add(*results)
+        for result in results:
+            self.tally.add(result)
+        for result in results:
+            self.claims.settle(result.prompt.key, result.ok)
+
+    def until(self, ends_at):
+        if self.pump:
+            self.pump.ends_at = ends_at
+
+    def drain(self):
+        self.pump.drain()
+
+    def tend(self):
+        """Show the others that we live, see who of them does, and look for work that they left."""
+        if clock() - self.beaten > self.claims.BEAT_S:
+            self.beaten = clock()
+            self.claims.beat()
+            with contextlib.suppress(OSError):
+                self.claims.watch_beats()
+                if not self.started:
+                    self.claims.look()
+        if self.pump:
+            self.pump.wake_all()
+
+    @contextlib.asynccontextmanager
+    async def reporting(self):
+        """A progress event whenever the counts changed: often at first, at most every 10 s later."""
+        began, told = clock(), -1
+
+        async def keep_reporting():
+            nonlocal told
+            while True:
+                if self.tally.answers + self.tally.failed != told:
+                    told = self.tally.answers + self.tally.failed
+                    self.report()
+                await asyncio.sleep(min(10.0, max(0.2, (clock() - began) / 100)))
+        reporting = asyncio.ensure_future(keep_reporting())
+        try:
+            yield
+        finally:
+            reporting.cancel()
+            self.report()
+
+    def report(self):
+        self.journal.write()  # what is counted is on disk
+        tally, marks = self.tally, self.claims.marks
+        self.tell("progress", done=marks.count(Marks.DONE), failed=marks.count(Marks.FAILED), total=len(marks.state),
+                  tokens=tally.tokens, answers=tally.answers + tally.failed, own_failed=tally.failed,
+                  working_s=round(clock() - (self.pump.first_sent or clock()), 2))
+
+    def close(self, patience_s):
+        """All results are on disk, and what is left of our chunks is anybody's. Then the journals are read anew:
+        a disk in trouble may have lost what was read before."""
+        patiently("cannot write the results", self.journal.close, patience_s)
+        self.claims.end()
+        prompts, self.claims.marks = self.claims.marks.prompts, None  # a million's places take 8 MB
+        self.claims.marks = patiently("cannot read the journals", lambda: Marks(self.run, prompts), patience_s)
+
+    def with_others(self):
+        """Whether all that is left is being done by other lives."""
+        return self.claims.all_with_others()
+
+    def ending(self):
+        """How a life ends when nothing is left to do."""
+        nothing_said = self.tally.answers and self.tally.empty == self.tally.answers
+        failed = nothing_said or self.claims.marks.count(Marks.FAILED)
+        return Ending(SOME_FAILED if failed else DONE, self.tally.doubt())
+
+    def save(self, ending):
+        """Write the results and the counts, if no other driver has just done so."""
+        found = {"exit_code": ending.code, "why": ending.why, "answered": self.claims.marks.count(Marks.DONE),
+                 "failed": self.claims.marks.count(Marks.FAILED)}
+        with contextlib.suppress(OSError, ValueError):
+            if self.finished and json.loads(self.run.summary.read_text()).items() >= found.items():
+                return
+        folder = write_results(self.run, self.config, self.claims.marks)
+        tokens = sum(self.run.progress(life).get("tokens", 0) for life in self.run.lives())
+        summary = {**found, "completion_tokens": tokens, "results": str(folder)}
+        write_file(self.run.summary, json.dumps(summary, indent=1) + "\n")
+
+    def counts(self):
+        marks, tally = self.claims.marks, self.tally
+        return {"answered": tally.answers, "own_failed": tally.failed,
+                "done": marks.count(Marks.DONE) if marks else tally.answers,
+                "failed": marks.count(Marks.FAILED) if marks else tally.failed}
+
+
+MAX_FRUITLESS = 3  # lives in a row that answered nothing: the next would not, either
+
+
+def drive(run, allocation, shape=0, work=Prompts, **wishes):
     """One life of a driver, from its first event to its last; its exit code."""
-    config = run.config(shape)
     life = patiently("cannot begin", lambda: run.new_life(allocation.job, allocation.restart))
     events = Events(run, life)
 
@@ -4997,245 +5206,199 @@ def drive(run, allocation, shape=0, failed_again=False):
     gc.freeze()  # the program itself is no garbage: look only at what comes, and not after every 700 objects
     gc.set_threshold(20000, 20, 100)
     patiently("cannot begin", lambda: events.append(
-        "start", job=allocation.job, submitted=allocation.submitted, nodes=allocation.nodes, pid=os.getpid(),
-        born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0]))
+        "start", job=allocation.job, submitted=allocation.submitted, nodes=allocation.nodes, work=work.name,
+        pid=os.getpid(), born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0]))
     log(f"start {life} on {' '.join(allocation.nodes)}")
-    journal = patiently("cannot begin", lambda: Journal(run, life, tell))
-    tally, claims, ending = Tally(), None, Ending(DONE)
+    driver, begun, stop = Driver(run, run.config(shape), shape, life, allocation, tell), None, Stop(DONE)
     try:
-        prompts = Input.load(run, config, model_name(config))
-        claims = Claims(run, life, Marks(run, prompts), chunk_starts(len(prompts), run.config().slurm.jobs))
-        if failed_again:
-            claims.marks.forget_failures()
-        if fruitless_lives(run, life) > MAX_FRUITLESS:  # whoever started us again and again
-            ending = Ending(CLUSTER_FAILED, f"{MAX_FRUITLESS} starts in a row answered nothing; `logs` shows them")
-        elif not claims.finished:
-            ending = asyncio.run(live(run, config, life, allocation, prompts, claims, journal, tally, tell))
-    except UserError as error:
-        ending = Ending(error.exit_code, str(error))
-    except OSError as error:
-        ending = Ending(CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}")
-    except Exception as error:  # a fault of ours must not cost the results; the job's output has the rest
-        traceback.print_exc()
-        ending = Ending(CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it")
+        begun = work.begin(driver, **wishes)
+        if driver.fruitless() > MAX_FRUITLESS:  # whoever started us again and again
+            stop = Stop(CLUSTER_FAILED, f"{MAX_FRUITLESS} starts in a row answered nothing; `logs` shows them")
+        elif not begun.finished:
+            stop = asyncio.run(driver.live(begun))
+    except Exception as error:
+        stop = stop_of(error, run)
     for late in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(late, signal.SIG_IGN)  # signals come twice; what is left is quick and must be whole
-    facts = finish(run, config, life, allocation, shape, journal, tally, claims, ending)
-    tell("end", **facts)
-    return facts["code"]
+    ending = driver.finish(begun, stop) if begun else stop.ending()
+    tell("end", **ending._asdict(), **(begun.counts() if begun else {}))
+    return ending.code
 
 
-def finish(run, config, life, allocation, shape, journal, tally, claims, ending):
-    """Flush the journal, then merge if all is done, or see that somebody goes on; the facts of the end."""
-    code, why, following = ending.code, ending.why, ""
-    told = ending.code not in (DONE, CLUSTER_FAILED)
-    patience_s = 0.0 if told else min(300.0, allocation.ends_at - clock() - LAST_MOMENTS_S)
-    try:
-        patiently("cannot write the results", journal.close, patience_s)
-        if claims:
-            claims.end()
-            prompts, claims.marks = claims.marks.prompts, None  # a million's places take 8 MB
-            # Read anew: a disk in trouble may have lost what was read before.
-            claims.marks = patiently("cannot read the journals", lambda: Marks(run, prompts), patience_s)
-        if claims and claims.finished:
-            code = SOME_FAILED if claims.marks.count(Marks.FAILED) else DONE
-            why = tally.doubt()
-            if tally.answers and tally.empty == tally.answers:
-                code = SOME_FAILED
-        elif claims:
-            code, why, following = go_on(run, config, life, allocation, shape, claims, ending)
-        if not following:
-            patiently("cannot write the results", lambda: save(run, config, claims, code, why), patience_s)
-    except OSError as error:
-        code = CLUSTER_FAILED
-        why = f"results could not be written: {os_reason(error)}; mend that, then `llmrun.py resume {run.name}`"
-    marks = claims and claims.marks
-    return {"code": code, "why": why, "next": following, "answered": tally.answers, "own_failed": tally.failed,
-            "done": marks.count(Marks.DONE) if marks else tally.answers,
-            "failed": marks.count(Marks.FAILED) if marks else tally.failed}
-
-
-def save(run, config, claims, code, why):
-    """Write the results and the counts, if no other driver has just done so; whoever is first ends what waits."""
-    if not claims:
-        return
-    found = {"exit_code": code, "why": why, "answered": claims.marks.count(Marks.DONE),
-             "failed": claims.marks.count(Marks.FAILED)}
-    with contextlib.suppress(OSError, ValueError):
-        if code in (DONE, SOME_FAILED) and json.loads(run.summary.read_text()).items() >= found.items():
-            return
-    folder = write_results(run, config, claims.marks)
-    tokens = sum(run.progress(life).get("tokens", 0) for life in run.lives())
-    write_file(run.summary, json.dumps({**found, "completion_tokens": tokens, "results": str(folder)}, indent=1) + "\n")
-    if code in (DONE, SOME_FAILED) and run.submitted():
-        with contextlib.suppress(ClusterError):
-            Slurm(os.environ).cancel(" ".join(map(str, run.submitted())), "--state=PENDING")
-
-
-MAX_FRUITLESS = 3  # lives in a row that answered nothing: the next would not, either
-
-
-def go_on(run, config, life, allocation, shape, claims, ending):
-    """(exit code, why, how it goes on): by a requeue, by a successor, or by others that are at it already."""
-    code, why, resume = ending.code, ending.why, f"`python llmrun.py resume {run.name}` goes on"
-    submit = run.submits().get(allocation.submitted, {})
-    if run.stop.exists():
-        return code, why, ""
-    if "shape" not in submit:  # a shell's own job, or no job at all
-        return code, f"{why}; {resume}" if ending.go_on else why, ""
-    if not ending.go_on and code == WORK_LEFT:
-        why, may, following = after_term(allocation)
-        if not may:
-            return code, why, following
-    elif not ending.go_on:
-        return code, why, ""
-    if claims.all_with_others():
-        return WORK_LEFT, f"{why}; the other jobs do the rest", "others"
-    if not config.slurm.requeue:
-        return code, f"{why}; [slurm] requeue is off: {resume}", ""
-    if fruitless_lives(run, life) >= MAX_FRUITLESS:
-        return code, f"{why}; {MAX_FRUITLESS} starts in a row answered nothing, so this was the last", ""
-    slurm = Slurm(os.environ)
-    refused = "" if ending.without else slurm.requeue(allocation.job)
-    if not ending.without and not refused:
-        return WORK_LEFT, why, "requeued"
-    without = sorted({*submit.get("without", ()), *ending.without, *expand_hostlist(config.slurm.exclude)})
-    for excluded in [without, []] if ending.without else [without]:  # the last nodes there are may be those lost before
-        options = [f"--exclude={','.join(excluded)}"] * bool(excluded) + ["--array=0"] * (config.slurm.jobs > 1)
-        try:
-            job = job_id_in(slurm.submit(config, run.job_script(shape), "--parsable", *options))
-        except UserError as error:
-            failed = f"{refused or 'a new job was refused'} ({error.what})"
-            continue
-        run.record_submit(job, shape=shape, after=life, without=excluded)
-        return WORK_LEFT, why + (f"; Slurm would not requeue it ({refused})" if refused else ""), f"job {job}"
-    return code, f"{why}; {failed}: {resume}", ""
-
-
-def after_term(allocation):
-    """(why, whether to go on by ourselves, how it goes on else) for a job that Slurm ended by TERM.
-
-    While it ends its state is only COMPLETING; who ended it shows in its restarts and preemption (seen on 22.05)."""
-    detail = Slurm(os.environ).detail(allocation.job)
-    restarts = re.search(r"\bRestarts=(\d+)", detail)
-    if restarts and int(restarts.group(1)) > allocation.restart:
-        return "Slurm took its nodes for another job", False, "requeued"
-    if re.search(r"\bPreemptTime=\d", detail):
-        return PREEMPTED, True, ""
-    if clock() > allocation.ends_at:
-        return "the time limit came", True, ""
-    return "cancelled (SIGTERM)", False, ""
-
-
-def fruitless_lives(run, life):
-    """How many lives in a row have answered nothing, up to this one, of this job and those that it goes on for."""
-    lives = run.lives()
-    earlier = [other for other in lives if other.job == life.job and other <= life]
-    after = run.submits().get(life.job, {}).get("after")
-    count = 0
-    for other in sorted(earlier, reverse=True):
-        if run.progress(other).get("answers"):
-            return count
-        count += 1
-    return count + (fruitless_lives(run, Life(*after)) if after else 0)
+def stop_of(error, run):
+    """An error that ended the work, in words for the user."""
+    if isinstance(error, UserError):
+        return Stop(error.exit_code, str(error))
+    if isinstance(error, OSError):
+        return Stop(CLUSTER_FAILED, f"{error.filename or run.folder}: {os_reason(error)}")
+    traceback.print_exception(type(error), error, error.__traceback__)  # a fault of ours: the job's output has the rest
+    return Stop(CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it")
 
 
 ENGINE_LINES = 200  # of an engine's log are told in the events of a life
 
 
-async def live(run, config, life, allocation, prompts, claims, journal, tally, tell):
-    """The story of a job: agents, engine, every prompt, and back."""
-    def told(event, **facts):
-        if event == "engine_says" and next(engine_lines) >= ENGINE_LINES:
-            return  # the engine's start is worth telling; later its log speaks of every prompt
-        tell(event, **facts)
-        if event == "term":
-            orders.on_agent_term()
-        elif event == "node_lost":
-            lost.append(facts["node"])
-        elif event == "engine_started":
-            orders.loading_since = orders.loading_since or clock()
-        elif event == "ready":
-            publish_endpoint(run, config, facts)
+class Driver:
+    """One life: has its work done on the nodes that it has, and sees that what is left of it goes on."""
 
-    def keep(results):
-        journal.add(*results)
-        for result in results:
-            tally.add(result)
-        for result in results:
-            claims.settle(result.prompt.key, result.ok)
+    def __init__(self, run, config, shape, life, allocation, tell):
+        self.run, self.config, self.shape, self.life = run, config, shape, life
+        self.allocation, self.tell = allocation, tell
 
-    orders, lost, engine_lines = Orders(run, config, allocation, tell), [], itertools.count()
-    pump = Pump(claims.next, prompts.prompt, keep, allocation.ends_at, lambda: journal.trouble)
-    size = len(allocation.nodes) // config.engine.replicas
-    try:
-        async with agents(allocation.nodes, agent_starter(run, allocation), agent_environment(run, config, allocation),
-                          lambda name: run.logs_of(life) / f"{name}-agent.log", told, config.slurm.join_timeout,
-                          enough=size if config.engine.replicas > 1 else None) as nodes:
-            tell("agents_up", nodes=len(nodes))
-            orders.nodes = nodes
-            engine = ENGINES[config.engine.name](config, run, life, size)
-            async with replicas(engine, split_groups(nodes, size), told) as pairs, endpoint(run), tending(
-                    claims, pump, orders), progress(pump, journal, tally, claims.marks, tell):
-                orders.pump = pump
-                await pump.run(pairs)
-                await journal.written(pump.ends_at - LAST_MOMENTS_S)
-                tell("answered", done=claims.marks.count(Marks.DONE), failed=claims.marks.count(Marks.FAILED))
-    except asyncio.CancelledError:
-        return orders.ending
-    except ClusterError as error:
-        if await orders.meant_to_end():
-            return orders.ending or Ending(WORK_LEFT, "told to end (SIGTERM)")
-        if not isinstance(error, NodeLost):
-            raise
-        return Ending(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
-    return orders.drained
+    async def live(self, work):
+        """The story of a job: agents, engine, the work, and back. Why it stopped, where the work is not finished."""
+        def told(event, **facts):
+            if event == "engine_says" and next(engine_lines) >= ENGINE_LINES:
+                return  # the engine's start is worth telling; later its log speaks of every prompt
+            self.tell(event, **facts)
+            if event == "term":
+                orders.on_agent_term()
+            elif event == "node_lost":
+                lost.append(facts["node"])
+            elif event == "engine_started":
+                orders.loading_since = orders.loading_since or clock()
+            elif event == "ready":
+                publish_endpoint(self.run, self.config, facts)
+
+        orders, lost, engine_lines = Orders(self, work), [], itertools.count()
+        run, config, names = self.run, self.config, self.allocation.nodes
+        size = len(names) // config.engine.replicas
+        try:
+            async with agents(names, self.agent_command, self.agent_environment(),
+                              lambda name: run.logs_of(self.life) / f"{name}-agent.log", told,
+                              config.slurm.join_timeout, size if config.engine.replicas > 1 else None) as nodes:
+                self.tell("agents_up", nodes=len(nodes))
+                orders.nodes = nodes
+                engine = ENGINES[config.engine.name](config, run, self.life, size)
+                groups = split_groups(nodes, size)
+                async with replicas(engine, groups, told) as pairs, endpoint(run), tending(work, orders):
+                    await work.do(pairs, orders.ends_at)
+        except asyncio.CancelledError:
+            return orders.stopped
+        except ClusterError as error:
+            if await orders.meant_to_end():
+                return orders.stopped or Stop(WORK_LEFT, "told to end (SIGTERM)")
+            if not isinstance(error, NodeLost):
+                raise
+            return Stop(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
+        return orders.drained
+
+    def agent_command(self, name):
+        allocation = self.allocation
+        return agent_command(sys.executable, self.run.folder, name, str(allocation.job or ""),
+                             allocation.gpus.get(name, ""), allocation.in_step)
+
+    def agent_environment(self):
+        environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
+        if self.config.slurm.requeue and self.submit_runs_job_sh:
+            environment["LLMRUN_REQUEUE"] = "1"
+        return environment
+
+    @property
+    def submit(self):
+        """What was recorded of the sbatch that this job came from; nothing where it is a shell's own, or no job."""
+        return self.run.submits().get(self.allocation.submitted, {})
+
+    @property
+    def submit_runs_job_sh(self):
+        return "shape" in self.submit
+
+    def finish(self, work, stop):
+        """Make whole what is on disk, see that somebody goes on with what is left, else write what users read."""
+        told = stop.code not in (DONE, CLUSTER_FAILED)
+        patience_s = 0.0 if told else min(300.0, self.allocation.ends_at - clock() - LAST_MOMENTS_S)
+        try:
+            work.close(patience_s)
+            ending = work.ending() if work.finished else self.go_on(work, stop)
+            if ending.next == NOBODY:
+                patiently("cannot write the results", lambda: work.save(ending), patience_s)
+            if work.finished:
+                self.cancel_waiting()
+            return ending
+        except OSError as error:
+            return Ending(CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; "
+                          f"mend that, then `llmrun.py resume {self.run.name}`")
+
+    def cancel_waiting(self):
+        """Jobs of the run that have not begun need not."""
+        if self.run.submitted():
+            with contextlib.suppress(ClusterError):
+                Slurm(os.environ).cancel(" ".join(map(str, self.run.submitted())), "--state=PENDING")
+
+    def go_on(self, work, stop):
+        """See that somebody does what is left, where that is wanted and can be had; the ending with that."""
+        resume = f"`python llmrun.py resume {self.run.name}` goes on"
+        if self.run.stop.exists():
+            return stop.ending()
+        if not self.submit_runs_job_sh:
+            return stop.ending(resume if stop.go_on else "")
+        if stop.code == WORK_LEFT and not stop.go_on:  # by TERM, which does not say why
+            detail = Slurm(os.environ).detail(self.allocation.job)
+            if was_requeued(detail, self.allocation):
+                return Ending(WORK_LEFT, "Slurm took its nodes for another job", REQUEUED)
+            stop = what_term_meant(detail, self.allocation)
+        if not stop.go_on:
+            return stop.ending()
+        if work.with_others():
+            return stop.ending("the other jobs do the rest", OTHERS)
+        if not self.config.slurm.requeue:
+            return stop.ending(f"[slurm] requeue is off: {resume}")
+        if self.fruitless() >= MAX_FRUITLESS:
+            return stop.ending(f"{MAX_FRUITLESS} starts in a row answered nothing, so this was the last")
+        refused = "" if stop.without else Slurm(os.environ).requeue(self.allocation.job)
+        if not (stop.without or refused):  # a requeue cannot leave nodes out
+            return stop.ending(next=REQUEUED)
+        return self.hand_on(stop, refused, resume)
+
+    def hand_on(self, stop, refused, resume):
+        """The ending with another job submitted, or with the reason why that could not be, either."""
+        slurm = self.config.slurm
+        without = sorted({*self.submit.get("without", ()), *stop.without, *expand_hostlist(slurm.exclude)})
+        for excluded in [without, []] if stop.without else [without]:  # there may be no nodes but those lost before
+            options = [f"--exclude={','.join(excluded)}"] * bool(excluded) + ["--array=0"] * (slurm.jobs > 1)
+            try:
+                said = Slurm(os.environ).submit(self.config, self.run.job_script(self.shape), "--parsable", *options)
+                job = job_id_in(said)
+            except UserError as error:
+                failed = f"{refused or 'a new job was refused'} ({error.what})"
+                continue
+            self.run.record_submit(job, shape=self.shape, after=self.life, without=excluded)
+            return stop.ending(f"Slurm would not requeue it ({refused})" if refused else "", SUCCESSOR, job)
+        return stop.ending(f"{failed}: {resume}")
+
+    def fruitless(self):
+        """How many lives in a row bore no fruit, up to this one, of this job and of those that it goes on for."""
+        lives, count, life = self.run.lives(), 0, self.life
+        while True:
+            for other in sorted((other for other in lives if other.job == life.job and other <= life), reverse=True):
+                if self.run.bore_fruit(other):
+                    return count
+                count += 1
+            after = self.run.submits().get(life.job, {}).get("after")
+            if not after:
+                return count
+            life = Life(*after)
+
+
+def was_requeued(detail, allocation):
+    """Whether Slurm itself put the job back, as it does with one that it preempts."""
+    restarts = re.search(r"\bRestarts=(\d+)", detail)
+    return bool(restarts) and int(restarts.group(1)) > allocation.restart
+
+
+def what_term_meant(detail, allocation):
+    """Why Slurm ended a job by TERM. Meanwhile its state is only COMPLETING; who ended it shows in its preemption and
+    its time (seen on 22.05)."""
+    if re.search(r"\bPreemptTime=\d", detail):
+        return Stop(WORK_LEFT, PREEMPTED, go_on=True)
+    if clock() > allocation.ends_at:
+        return Stop(WORK_LEFT, "the time limit came", go_on=True)
+    return Stop(WORK_LEFT, "cancelled (SIGTERM)")
 
 
 def split_groups(nodes, size):
     """Equal groups of neighbours, one for each replica; nodes that are too few for one more rest."""
     return [nodes[first:first + size] for first in range(0, len(nodes) - size + 1, size)]
-
-
-@contextlib.asynccontextmanager
-async def tending(claims, pump, orders):
-    """While the pump works: beats, a look for work that others left, an eye on the time."""
-    async def tend():
-        beaten = clock()
-        while True:
-            if await stalled(claims.LOOK_S) and orders.allocation.job:  # suspended, maybe: then the end has moved
-                pump.ends_at = end_of_job({}, await orders.detail())
-            if clock() - beaten > claims.BEAT_S:
-                beaten = clock()
-                claims.beat()
-                with contextlib.suppress(OSError):
-                    claims.watch_beats()
-                    if not pump.first_sent:
-                        claims.look()
-            if clock() > pump.ends_at - LAST_MOMENTS_S:
-                orders.time_is_up()
-            elif not pump.first_sent and claims.finished:
-                orders.stop(Ending(DONE, "the other jobs have answered all"))
-            pump.wake_all()
-    task = asyncio.ensure_future(tend())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-def agent_starter(run, allocation):
-    def command(name):
-        job = str(allocation.job or "")
-        return agent_command(sys.executable, run.folder, name, job, allocation.gpus.get(name, ""), allocation.in_step)
-    return command
-
-
-def agent_environment(run, config, allocation):
-    environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
-    if config.slurm.requeue and "shape" in run.submits().get(allocation.submitted, {}):
-        environment["LLMRUN_REQUEUE"] = "1"
-    return environment
 
 
 def publish_endpoint(run, config, ready):
@@ -5254,32 +5417,6 @@ async def endpoint(run):
     finally:
         with contextlib.suppress(OSError):
             run.endpoint.unlink()
-
-
-@contextlib.asynccontextmanager
-async def progress(pump, journal, tally, marks, tell):
-    """A progress event whenever the counts changed: often at first, at most every 10 s later."""
-    began = clock()
-
-    def report():
-        journal.write()  # what is counted is on disk
-        tell("progress", done=marks.count(Marks.DONE), failed=marks.count(Marks.FAILED), total=len(marks.state),
-             tokens=tally.tokens, answers=tally.answers + tally.failed, own_failed=tally.failed,
-             working_s=round(clock() - (pump.first_sent or clock()), 2))
-
-    async def keep_reporting():
-        told = -1
-        while True:
-            if tally.answers + tally.failed != told:
-                told = tally.answers + tally.failed
-                report()
-            await asyncio.sleep(min(10.0, max(0.2, (clock() - began) / 100)))
-    reporting = asyncio.ensure_future(keep_reporting())
-    try:
-        yield
-    finally:
-        reporting.cancel()
-        report()
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -5521,7 +5658,7 @@ def other_shape(run, shape, overrides, failed_again):
 def command_resume(args):
     """Go on with a run whose jobs are gone."""
     run, slurm = find_run(args), query_slurm()
-    state = state_of(run, slurm.jobs(run.submitted()) if slurm else {}, slurm)
+    state = state_of(run, slurm.jobs(run.submitted()) if slurm else {})
     if state["exit_code"] is None:
         raise UserError(run.name, f"is {state['state']}: there is nothing to resume",
                         "`submit --join` adds jobs to it, `cancel` ends it")
@@ -5564,7 +5701,7 @@ def command_drive(args):
     else:
         run = Run(args.run)
     nodes = run.config(args.shape).slurm.nodes
-    return supervise(lambda: drive(run, find_allocation(os.environ, nodes), args.shape, args.failed))
+    return supervise(lambda: drive(run, find_allocation(os.environ, nodes), args.shape, failed_again=args.failed))
 
 
 def serve_agent(name):
@@ -5676,7 +5813,7 @@ def command_status(args):
     slurm = query_slurm()
     runs = [find_run(args)] if args.run else all_runs(runs_folder(args))
     jobs = slurm.jobs([job for run in runs for job in run.submitted()]) if slurm else {}
-    states = [state_of(run, jobs, slurm) for run in runs]
+    states = [state_of(run, jobs) for run in runs]
     if args.json:
         say_json(states[0] if args.run else states)
     elif args.run:

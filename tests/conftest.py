@@ -127,7 +127,7 @@ class Site:
     def status(self):
         """What `status --json` says, without a process for each look."""
         run, slurm = llmrun.Run(self.run), llmrun.Slurm(self.env)
-        return llmrun.state_of(run, slurm.jobs(run.submitted()), slurm)
+        return llmrun.state_of(run, slurm.jobs(run.submitted()))
 
     def results(self):
         """{prompt's path: answer's text} as it stands in the results folder."""

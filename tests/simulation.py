@@ -607,18 +607,18 @@ class Rows:
 
 
 class Driver:
-    """One life of a driver: its story as `drive` and `live` tell it, the product's own `tending` and `finish`, and the
-    pump's way of asking; engines are a random time."""
+    """One life of a driver: its story as `drive` and `live` tell it, the product's own work on prompts, `tending` and
+    `finish`, and the pump's way of asking; engines are a random time."""
 
     def __init__(self, world, life, host, fate):
         self.world, self.life, self.host, self.fate = world, life, host, fate
         self.process = Process(world, host, self)
         self.disk = Disk(world, host, self.process)
         self.run = llmrun.Run(FOLDER, self.disk)
-        self.journal = self.claims = self.merged = None
+        self.journal = self.claims = self.work = self.merged = None
         self.added, self.under_way, self.waiting = [], set(), []
         self.exhausted = self.draining = self.closed = False
-        self.first_sent, self.ends_at = None, float("inf")
+        self.first_sent = None
         self.hurry, self.slots = world.chance.uniform(1, 4), world.chance.randint(2, 4)
         self.answer_s = world.chance.choice([0.3, 3, 10])
 
@@ -637,6 +637,8 @@ class Driver:
             self.journal = llmrun.Journal(self.run, life, self.tell)
             self.claims = llmrun.Claims(self.run, self.life, llmrun.Marks(self.run, self.world.rows), self.world.starts,
                                         self.process.time)
+            self.work = llmrun.Prompts(self.run, None, self.claims, self.journal, self.tell)
+            self.work.pump = self
             if self.fate.failed_again:
                 self.world.counts["lives that ask failed prompts again"] += 1
                 self.claims.marks.forget_failures()
@@ -645,14 +647,17 @@ class Driver:
         except OSError:
             self.world.counts["drivers ended by the disk"] += 1
         await self.process.leave()
-        if self.journal:
+        if self.work:
             self.finish()
         self.world.over(self.process)
 
     async def live(self):
-        orders = types.SimpleNamespace(allocation=types.SimpleNamespace(job=0), stop=lambda ending: self.drain())
+        async def end_stays():
+            pass
+        orders = types.SimpleNamespace(ends_at=float("inf"), look_at_the_end=end_stays, stop=lambda stop: self.drain())
         self.claims.LOOK_S *= self.hurry
-        async with llmrun.tending(self.claims, self, orders):
+        self.work.TEND_S = self.claims.LOOK_S
+        async with llmrun.tending(self.work, orders):
             ready = self.process.time() + self.world.chance.choice([0, 0, 5, 60])
             while self.process.time() < ready and not self.draining:
                 await asyncio.sleep(min(2, ready - self.process.time()))
@@ -701,9 +706,9 @@ class Driver:
 
     def finish(self):
         allocation = types.SimpleNamespace(job=self.life.job, submitted=0)
-        told = llmrun.finish(self.run, None, self.life, allocation, 0, self.journal, llmrun.Tally(), self.claims,
-                             llmrun.Ending(llmrun.WORK_LEFT))
-        self.closed = told["code"] != llmrun.CLUSTER_FAILED
+        driver = llmrun.Driver(self.run, None, 0, self.life, allocation, self.tell)
+        ending = driver.finish(self.work, llmrun.Stop(llmrun.WORK_LEFT))
+        self.closed = ending.code != llmrun.CLUSTER_FAILED
         self.world.counts["ends with a failing disk"] += not self.closed
 
     def merge(self, marks):

@@ -127,7 +127,7 @@ def test_without_a_replica_left_another_job_goes_on_elsewhere(site_on):
     nodes = site.status()["nodes"]
     os.kill(site.process(" agent " + nodes[1]), signal.SIGKILL)
     state = site.ended()
-    assert nodes[1] in state["lost"][0] and site.ends()[0]["next"].startswith("job ")
+    assert nodes[1] in state["lost"][0] and site.ends()[0]["next"] == "successor"
     starts = [event for event in site.events() if event["event"] == "start"]
     assert nodes[1] in starts[0]["nodes"] and nodes[1] not in starts[1]["nodes"]
 
@@ -163,7 +163,7 @@ def test_where_requeue_is_refused_another_job_goes_on_or_the_user_is_told_how(si
     subprocess.run(["scancel", "-b", "-s", "USR1", str(site.status()["job"])], env=site.env, check=True)
     if may_submit:
         site.ended()
-        assert site.ends()[0]["next"].startswith("job ") and "presently disabled" in site.ends()[0]["why"]
+        assert site.ends()[0]["next"] == "successor" and "presently disabled" in site.ends()[0]["why"]
     else:
         state = site.ended(code=4)
         assert f"python llmrun.py resume {site.run.name}" in state["detail"] and "compute nodes" in state["detail"]

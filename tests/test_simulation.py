@@ -222,6 +222,7 @@ def test_a_line_that_was_lost_after_it_was_read_is_taken_from_the_new_segment(ru
     (run.journal / f"{life}.0.jsonl").write_bytes(b"")
     (run.journal / f"{life}.1.jsonl").write_bytes(whole)
     monkeypatch.setattr(llmrun, "write_results", lambda run, config, marks: told.extend(marks.lines((llmrun.Marks.DONE,))))
-    journal = types.SimpleNamespace(close=lambda: None)
-    llmrun.finish(run, None, life, types.SimpleNamespace(job=1, ends_at=llmrun.math.inf), 0, journal, llmrun.Tally(), claims, llmrun.Ending(llmrun.DONE))
+    work = llmrun.Prompts(run, None, claims, types.SimpleNamespace(close=lambda: None), None)
+    allocation = types.SimpleNamespace(job=1, ends_at=llmrun.math.inf)
+    llmrun.Driver(run, None, 0, life, allocation, None).finish(work, llmrun.Stop(llmrun.DONE))
     assert told == [(0, whole)]
