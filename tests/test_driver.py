@@ -1,0 +1,106 @@
+"""The life of a driver whose work is no prompts: as a server's will be, that answers until it is stopped."""
+
+import json
+import subprocess
+import sys
+
+import llmrun
+from conftest import wait_for
+
+SERVER = """\
+import asyncio, os, sys
+sys.path.insert(0, sys.argv[1])
+import llmrun
+
+llmrun.LAST_MOMENTS_S = 1.0
+
+
+class UntilStopped:
+    name, TEND_S, finished = "until stopped", 0.1, False
+
+    @classmethod
+    def begin(cls, driver):
+        return cls()
+
+    def __init__(self):
+        self.started, self.drained = False, None
+
+    async def do(self, pairs, ends_at):
+        self.drained = asyncio.Event()
+        await asyncio.gather(*(start for _, start in pairs))
+        self.started = True
+        await self.drained.wait()
+
+    def drain(self):
+        self.drained.set()
+
+    def nothing(self, *about):
+        pass
+    until = tend = close = save = with_others = nothing
+
+    def counts(self):
+        return {}
+
+
+run = llmrun.Run(sys.argv[1])
+sys.exit(llmrun.supervise(lambda: llmrun.drive(run, llmrun.find_allocation(os.environ, 1), 0, UntilStopped)))
+"""
+JOB = """\
+#!/bin/bash
+#SBATCH --nodes=1 --requeue --open-mode=append --output={run}/logs/slurm-%j.out
+export SLURM_JOB_END_TIME=$(( $(date +%s) + 3 ))
+exec {python} {folder}/server.py {run}
+"""
+
+
+def start_server(site):
+    """The run, which one job serves in time slots of two to three seconds."""
+    config = site.config(engine={"name": "echo"})
+    prepared = llmrun.prepare(config, [])
+    run = llmrun.make_run(prepared)
+    (site.folder / "server.py").write_text(SERVER)
+    run.job_script().write_text(JOB.format(run=run.folder, python=sys.executable, folder=site.folder))
+    said = subprocess.run(["sbatch", "--parsable", str(run.job_script())], env=site.env, stdout=subprocess.PIPE, text=True, check=True)
+    run.record_submit(int(said.stdout), shape=0)
+    return run
+
+
+def test_a_server_goes_on_through_more_time_slots_than_may_be_fruitless(site_on):
+    site = site_on()
+    run = start_server(site)
+    wait_for("five lives", lambda: len(run.lives()) > llmrun.MAX_FRUITLESS + 1, 60)
+    assert {(end["code"], end["next"]) for end in site.ends()} == {(4, "requeued")}
+    assert site.status()["state"] in ("pending", "starting", "starting the engine", "loading the model", "answering", "finishing",
+                                      "tearing down")
+    site.llmrun("cancel")
+    site.assert_nothing_left(10)
+    wait_for("the last word", lambda: site.status()["exit_code"] == 4 and site.ends()[-1]["next"] == "")
+
+
+def life_with(run, restart, *events):
+    """A life that is over, with these events after its start."""
+    life = run.new_life(7, restart)
+    told = llmrun.Events(run, life)
+    told.append("start", job=7, submitted=7, nodes=["n"], work="until stopped", pid=1, born=1, host="elsewhere")
+    for event in events:
+        told.append(event)
+    return life
+
+
+def test_a_server_that_never_was_ready_ends_after_three_lives(site):
+    config = site.config(engine={"name": "echo"})
+    run = llmrun.make_run(llmrun.prepare(config, []))
+    run.record_submit(7, shape=0)
+    lives = [life_with(run, 0, "ready")] + [life_with(run, restart, "agents_up") for restart in (1, 2, 3)]
+    counts = [llmrun.Driver(run, None, 0, life, None, None).fruitless() for life in lives]
+    assert counts == [0, 1, 2, 3]
+
+
+def test_an_ending_is_read_back_as_it_was_told(site):
+    run = llmrun.make_run(llmrun.prepare(site.config(engine={"name": "echo"}), []))
+    life = life_with(run, 0)
+    ending = llmrun.Stop(llmrun.CLUSTER_FAILED, "the node was lost", True).ending("Slurm would not", llmrun.SUCCESSOR, 12)
+    assert ending == llmrun.Ending(llmrun.WORK_LEFT, "the node was lost; Slurm would not", "successor", 12)
+    llmrun.Events(run, life).append("end", **ending._asdict())
+    assert llmrun.LifeState(life, run.events(life), None).ending == ending
+    assert json.loads(run.events_file(life).read_text().splitlines()[-1])["job"] == 12
