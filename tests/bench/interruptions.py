@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
 os.environ["LLMRUN_BENCH"] = "real"
 
 from conftest import TINY_MODEL, Site  # noqa: E402
+from figures import Figures  # noqa: E402
 from real.cluster import RealCluster  # noqa: E402
 from real.llama import llama_build  # noqa: E402
 from real.tiny_model import write_tiny_model  # noqa: E402
@@ -38,7 +39,7 @@ def lost_times(site):
     return found
 
 
-def interrupted(name, count, config, partitions=None, disturb=lambda site: None):
+def interrupted(figures, name, count, config, partitions=None, disturb=lambda site: None):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for sub in ("cluster", "home"):
@@ -53,16 +54,18 @@ def interrupted(name, count, config, partitions=None, disturb=lambda site: None)
             disturb(site)
             site.ended(timeout_s=600)
             for lost_s, waited_s in lost_times(site):
-                print(f"{name:36} lost {lost_s:5.2f} s   (in the queue {waited_s:5.1f} s)", flush=True)
+                figures.show(f"lost by {name}", lost_s, "s", at_most=2, more=f"in the queue {waited_s:.1f} s")
             assert len(site.journal()) == count, "no prompt was answered twice"
 
 
 def main():
     slots = {"slurm": {"time": "00:01:00"}, "prompts": {"max_tokens": 400}}
-    interrupted("a time limit of a minute", int(sys.argv[1]) if len(sys.argv) > 1 else 300, slots)
+    figures = Figures()
+    interrupted(figures, "a time limit of a minute", int(sys.argv[1]) if len(sys.argv) > 1 else 300, slots)
     for words in ("PreemptMode=REQUEUE", "PreemptMode=REQUEUE GraceTime=20"):
-        interrupted(f"preempted, {words.replace('PreemptMode=', '').lower()}", 40, {"slurm": {"partition": "low"}},
+        interrupted(figures, f"preempted, {words.replace('PreemptMode=', '').lower()}", 40, {"slurm": {"partition": "low"}},
                     {"low": words}, lambda site: site.preempt())
+    figures.end()
 
 
 if __name__ == "__main__":

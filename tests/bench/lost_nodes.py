@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
 os.environ["LLMRUN_BENCH"] = "real"
 
 from conftest import TINY_MODEL, Site, wait_for  # noqa: E402
 from fakes.build import make_build, make_model  # noqa: E402
+from figures import Figures  # noqa: E402
 from real.cluster import RealCluster  # noqa: E402
 
 SLOTS, TOKENS_PER_S = 2, 20
@@ -46,10 +47,11 @@ def main(count):
             lost_at, before = time.time(), len(site.journal())
             wait_for("the end", lambda: (site.run / "results" / "results.jsonl").exists(), 900)
             site.ended()
-            report(site, count, lost_at, before)
+            figures = report(site, count, lost_at, before)
             for pid, _ in site.processes():  # a driver on a node that nobody reaches hears no scancel
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+    figures.end()
 
 
 def report(site, count, lost_at, before):
@@ -62,7 +64,10 @@ def report(site, count, lost_at, before):
     ideal = lost_at - begun + (count - before) / (rate * alive)
     answered = sum(map(len, lives))
     print(f"{count} prompts, {answered - count} answered twice; {alive} of 4 drivers lived on")
-    print(f"took {end - begun:.1f} s, the capacity there was would have needed {ideal:.1f} s: {(end - begun) / ideal:.3f}x")
+    figures = Figures()
+    figures.show("time of what the capacity there was would need", (end - begun) / ideal, "x", at_most=1.2,
+                 more=f"{end - begun:.1f} s of {ideal:.1f} s")
+    return figures
 
 
 if __name__ == "__main__":

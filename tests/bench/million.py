@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from figures import Figures  # noqa: E402
 from pump import Server  # noqa: E402
 from ready import OneLife, config_of, llmrun, make_run  # noqa: E402
 
@@ -90,12 +91,14 @@ def main(count):
         assert names == [f"request-{number}" for number in range(count)], "one result each, in input order"
         edge = max(1, len(told["rates"]) // 5)
         first, last = (sum(part) / edge for part in (told["rates"][:edge], told["rates"][-edge:]))
-        print(f"killed {len(peaks)} times; then {told['asked']} asked at {first:.0f}/s at first, {last:.0f}/s at the end "
-              f"({last / first:.2f}x)")
-        print(f"peak memory: {max(peaks + [told['peak_mb']]):.0f} MB in any life")
+        figures = Figures()
+        figures.show("rate at the end, of that at the start", last / first, "x", at_least=0.8,
+                     more=f"killed {len(peaks)} times; then {told['asked']} asked at {first:.0f}/s at first")
+        figures.show("peak memory in any life", max(peaks + [told["peak_mb"]]), "MB", at_most=200)
         print(f"a resume with all done: {done['resumed_s']:.1f} s, {done['asked']} asked; results written in {merged_s:.1f} s")
         print(f"exactly one result for each of {len(names)} prompts; journal lines: "
               f"{sum(1 for segment in run.segments() for line in open(segment.path, 'rb'))}")
+        figures.end()
 
 
 if __name__ == "__main__":

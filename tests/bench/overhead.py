@@ -2,8 +2,8 @@
 
     python tests/bench/overhead.py [ROUNDS]
 
-Medians of ROUNDS (10) runs, each beside what it is measured against; the last line compares 24 short prompts over
-3 nodes with a hand-written job script, which has fixed sleeps and asks one prompt at a time."""
+Medians of ROUNDS (10) runs, each beside its limit; then the medians of half as many runs of 24 short prompts over
+3 nodes, by llmrun and by a hand-written job script, which has fixed sleeps and asks one prompt at a time."""
 
 import json
 import os
@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS / "bench")]
 
+from figures import Figures  # noqa: E402
 from real.cluster import RealCluster  # noqa: E402
 from real.llama import llama_build  # noqa: E402
 from real.tiny_model import write_tiny_model  # noqa: E402
@@ -109,14 +110,15 @@ def main(rounds):
         seen = [bench.phases(4) for _ in range(rounds)]
         medians = {name: statistics.median(phases[name] for phases in seen) for name in seen[0]}
         medians["submit beyond a bare sbatch"] = statistics.median(bench.submit_cost() for _ in range(rounds))
+        figures = Figures()
         for name, value in medians.items():
-            print(f"{name:40} {value:6.3f} s   (at most {LIMITS[name]} s)", flush=True)
-        ours = statistics.median(bench.ours() for _ in range(max(3, rounds // 2)))
-        theirs = bench.handwritten()
-        print(f"{'24 prompts over 3 nodes, llmrun':40} {ours:6.2f} s")
-        print(f"{'24 prompts over 3 nodes, hand-written':40} {theirs:6.2f} s   {theirs / ours:.1f} times as long")
-        late = [name for name, value in medians.items() if value > LIMITS[name]]
-        print("too slow: " + ", ".join(late) if late else "all within their limits")
+            figures.show(name, value, "s", at_most=LIMITS[name])
+        pairs = [(bench.ours(), bench.handwritten()) for _ in range(max(3, rounds // 2))]
+        ours, theirs = (statistics.median(side) for side in zip(*pairs))
+        figures.show("24 prompts over 3 nodes, llmrun", ours, "s")
+        figures.show("24 prompts over 3 nodes, hand-written", theirs, "s")
+        figures.show("hand-written takes as long as llmrun", theirs / ours, "x", at_least=3)
+        figures.end()
 
 
 if __name__ == "__main__":

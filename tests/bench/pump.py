@@ -1,16 +1,17 @@
 """How fast one core pushes prompts, in one run on one pinned core, against a server that answers at once:
 
-    python tests/bench/pump.py [REQUESTS]
+    python tests/bench/pump.py [SECONDS]
 
 The server is nginx with a fixed completion, pinned to another core. Side by side: llmrun's pump with durable results;
 bare asyncio streams that do nothing with the answer (the ceiling for Python); aiohttp bare; the OpenAI SDK, plain and
-over aiohttp; `requests` in threads. Rounds alternate, so that a noisy neighbour meets them all.
+over aiohttp; `requests` in threads. Each asks for the same seconds, after a first round that is not timed and pays for
+its imports; rounds alternate, so that a noisy neighbour meets them all.
 
-Then the same sides against the fake llama-server, whose 64 slots give tokens at a set rate: how much of what the engine
-can do each of them gets."""
+Then the same sides against the fake llama-server, whose 64 slots give tokens at a set rate, the same number of requests
+each: how much of what the engine can do each of them gets."""
 
 import asyncio
-import concurrent.futures
+import itertools
 import json
 import os
 import shutil
@@ -26,11 +27,13 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
 
 from fakes.build import make_build, make_model  # noqa: E402
+from figures import Figures  # noqa: E402
 from ready import OneLife, make_run  # noqa: E402
 
 import llmrun  # noqa: E402
 
 CONNECTIONS, ROUNDS = 64, 5
+FASTEST = 60000  # requests a second that no side reaches: llmrun's input must not end before its time
 COMPLETION = json.dumps({
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1700000000, "model": "m",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "An answer of some words. " * 8}}],
@@ -68,22 +71,39 @@ class Server:
         self.process.wait()
 
 
-async def together(ask, count):
-    """Each of CONNECTIONS workers asks until `count` are asked."""
-    numbers = iter(range(count))
+class Numbers:
+    """Numbers to take, by any thread, for so many seconds from the first on, or so many of them."""
 
+    def __init__(self, seconds=float("inf"), count=float("inf")):
+        self.seconds, self.count, self.numbers, self.taken, self.began = seconds, count, itertools.count(), 0, None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        now = time.perf_counter()
+        self.began = self.began or now
+        if now - self.began > self.seconds:
+            raise StopIteration
+        number = next(self.numbers)
+        if number >= self.count:
+            raise StopIteration
+        self.taken = number + 1
+        return number
+
+
+async def together(ask, numbers):
+    """CONNECTIONS workers that ask until the numbers end."""
     async def worker():
         for _ in numbers:
             await ask()
     await asyncio.gather(*(worker() for _ in range(CONNECTIONS)))
 
 
-def bare_streams(port, count):
+def bare_streams(port, numbers):
     request = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}".encode()
 
     async def work():
-        numbers = iter(range(count))
-
         async def worker():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             for _ in numbers:
@@ -96,7 +116,7 @@ def bare_streams(port, count):
     asyncio.run(work())
 
 
-def bare_aiohttp(port, count):
+def bare_aiohttp(port, numbers):
     import aiohttp
 
     async def work():
@@ -104,66 +124,68 @@ def bare_aiohttp(port, count):
             async def ask():
                 async with session.post(f"http://127.0.0.1:{port}/v1/chat/completions", data=BODY) as answer:
                     await answer.read()
-            await together(ask, count)
+            await together(ask, numbers)
     asyncio.run(work())
 
 
-def openai_sdk(port, count, over_aiohttp=False):
+def openai_sdk(port, numbers, over_aiohttp=False):
     import openai
     options = {"http_client": openai.DefaultAioHttpClient()} if over_aiohttp else {}
     body = json.loads(BODY)
 
     async def work():
         async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", **options) as client:
-            await together(lambda: client.chat.completions.create(**body), count)
+            await together(lambda: client.chat.completions.create(**body), numbers)
     asyncio.run(work())
 
 
-def requests_threads(port, count):
+def requests_threads(port, numbers):
     import threading
 
     import requests
-    local = threading.local()
 
-    def ask(_):
-        if not hasattr(local, "session"):
-            local.session = requests.Session()
-        return local.session.post(f"http://127.0.0.1:{port}/v1/chat/completions", data=BODY).json()
-    with concurrent.futures.ThreadPoolExecutor(CONNECTIONS) as pool:
-        for _ in pool.map(ask, range(count)):
-            pass
+    def work():
+        session = requests.Session()
+        for _ in numbers:
+            session.post(f"http://127.0.0.1:{port}/v1/chat/completions", data=BODY).json()
+    threads = [threading.Thread(target=work) for _ in range(CONNECTIONS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def llmrun_pump(port, count):
+def llmrun_pump(port, numbers):
     """The driver's own path from a JSONL input to a durable journal, with one replica that is always ready."""
     with tempfile.TemporaryDirectory() as name:
         with open(Path(name) / "in.jsonl", "w") as file:
-            for number in range(count):
+            for number in range(int(min(numbers.count, numbers.seconds * FASTEST))):
                 file.write(f'{{"custom_id": "r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {BODY}}}\n')
         make_run(Path(name), CONNECTIONS)
         life = OneLife(Path(name), CONNECTIONS)
         began = time.perf_counter()
-        life.work(port)
+        life.work(port, only=numbers)
         took = time.perf_counter() - began
-        assert life.tally.answers == count, life.tally.answers
+        assert life.tally.answers == numbers.taken < len(life.prompts) or numbers.taken == numbers.count, numbers.taken
         return took
 
 
-OURS = "llmrun's pump, durable"
-SIDES = {"bare asyncio streams": bare_streams, OURS: llmrun_pump, "aiohttp, bare": bare_aiohttp,
-         "OpenAI SDK": openai_sdk, "OpenAI SDK over aiohttp": lambda port, count: openai_sdk(port, count, True),
-         "requests in threads": requests_threads}
-SLOW = ("OpenAI SDK", "OpenAI SDK over aiohttp", "requests in threads")
+OURS, BARE = "llmrun's pump, durable", "bare asyncio streams"
+SIDES = {BARE: bare_streams, OURS: llmrun_pump, "aiohttp, bare": bare_aiohttp, "OpenAI SDK": openai_sdk,
+         "OpenAI SDK over aiohttp": lambda port, numbers: openai_sdk(port, numbers, True), "requests in threads": requests_threads}
+AT_LEAST = {BARE: 0.5, "aiohttp, bare": 2, "OpenAI SDK": 20, "OpenAI SDK over aiohttp": 12, "requests in threads": 6}
 
 
-def alternate(port, asked):
-    """Requests a second of each side, in alternating rounds of `asked(name)` each."""
+def alternate(port, rounds=ROUNDS, **numbers):
+    """{side: requests a second in each of the alternating rounds}."""
+    for side in SIDES.values():
+        side(port, Numbers(count=CONNECTIONS))
     rates = {name: [] for name in SIDES}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, side in SIDES.items():
-            began = time.perf_counter()
-            took = side(port, asked(name)) or time.perf_counter() - began
-            rates[name].append(asked(name) / took)
+            asked, began = Numbers(**numbers), time.perf_counter()
+            took = side(port, asked) or time.perf_counter() - began
+            rates[name].append(asked.taken / took)
     return rates
 
 
@@ -193,26 +215,29 @@ class PacedEngine:
         self.process.wait()
 
 
-def main(count):
+def main(seconds):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        server, engine = Server(folder), PacedEngine(folder)
+        server, engine, figures = Server(folder), PacedEngine(folder), Figures()
         try:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-            rates = alternate(server.port, lambda side: count // 40 if side in SLOW else count)
-            print(f"{'requests/s: a server at once':30} {'median':>8} {'llmrun is':>10} {'best':>8} {'llmrun is':>10}")
+            rates = alternate(server.port, seconds=seconds)
+            print("requests a second, of a server that answers at once")
             for side, seen in rates.items():
-                print(f"{side:30}" + "".join(f" {of(seen):8.0f} {of(rates[OURS]) / of(seen):9.2f}x"
-                                             for of in (statistics.median, max)))
-            paced = {side: statistics.median(seen)
-                     for side, seen in alternate(engine.port, lambda side: 8 * CONNECTIONS).items()}
-            print(f"\n{'requests/s: a set rate':30} {'median':>8} {'of a bare client':>19}")
+                figures.show(side, statistics.median(seen), "/s", more=f"best {max(seen):.0f}")
+            for side, least in AT_LEAST.items():
+                figures.show(f"llmrun's rate of {side}", statistics.median(rates[OURS]) / statistics.median(rates[side]), "x",
+                             at_least=least, more=f"best of best {max(rates[OURS]) / max(rates[side]):.2f}")
+            print("requests a second, of an engine with a set rate")
+            paced = {side: statistics.median(seen) for side, seen in alternate(engine.port, rounds=3, count=8 * CONNECTIONS).items()}
             for side, rate in paced.items():
-                print(f"{side:30} {rate:8.1f} {rate / paced['bare asyncio streams']:18.0%}")
+                figures.show(side, rate, "/s", more=f"{rate / paced[BARE]:.0%} of a bare client")
+            figures.show("llmrun's rate of a bare client", paced[OURS] / paced[BARE], "x", at_least=0.95)
         finally:
             server.stop()
             engine.stop()
+    figures.end()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40000)
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 2.0)

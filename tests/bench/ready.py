@@ -1,6 +1,7 @@
 """What the pump's benches share: a run made of a JSONL file, and one life of it with an engine that is always ready."""
 
 import asyncio
+import functools
 import sys
 from pathlib import Path
 
@@ -47,11 +48,16 @@ class OneLife:
         for result in results:
             self.claims.settle(result.prompt.key, result.ok)
 
-    def work(self, port, key="key", keep=None):
+    def next(self, only):
+        """The next prompt, for as long as there are numbers in `only`."""
+        return None if next(only, None) is None else self.claims.next()
+
+    def work(self, port, key="key", keep=None, only=None):
         async def pump_all():
             replica = Ready(0, llmrun.Echo(self.config, self.run, self.life, 1), [], print)
             replica.client = llmrun.Client("127.0.0.1", port, key)
-            pump = llmrun.Pump(self.claims.next, self.prompts.prompt, keep or self.keep, llmrun.math.inf)
+            next_number = functools.partial(self.next, only) if only else self.claims.next
+            pump = llmrun.Pump(next_number, self.prompts.prompt, keep or self.keep, llmrun.math.inf)
             await pump.run([(replica, asyncio.ensure_future(asyncio.sleep(0)))])
             replica.client.close()
         if not self.claims.finished:

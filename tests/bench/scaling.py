@@ -15,10 +15,11 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
 
 from fake_slurm.cluster import FakeCluster  # noqa: E402
 from fakes.build import make_build, make_model  # noqa: E402
+from figures import Figures  # noqa: E402
 
 SLOTS, PROMPTS_A_JOB, TOKENS_PER_S = 2, 40, 50
 CONF = """\
@@ -65,10 +66,12 @@ def measure(jobs):
 
 
 def main(counts):
-    print(f"{'jobs':>5} {'worked':>7} {'seconds':>8} {'efficiency':>11} {'tail':>22}")
+    figures = Figures()
     for jobs in counts:
         efficiency, tail, seconds, worked = measure(jobs)
-        print(f"{jobs:5} {worked:7} {seconds:8.1f} {efficiency:11.1%} {tail:6.2f} average prompts", flush=True)
+        figures.show(f"efficiency of {jobs} jobs", 100 * efficiency, "%", at_least=90, more=f"{worked} worked, {seconds:.1f} s")
+        figures.show(f"tail of {jobs} jobs, in average prompts", tail, "", at_most=2)
+    figures.end()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import urllib.request
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
 
+from figures import Figures  # noqa: E402
 from real.llama import llama_build  # noqa: E402
 from real.tiny_model import write_tiny_model  # noqa: E402
 
@@ -137,9 +138,11 @@ def main(rounds):
     best, times = min(hand.items(), key=lambda item: statistics.median(item[1]))
     for what, seen in [("llmrun", mine)] + [(f"{count} at a time", seen) for count, seen in hand.items()]:
         print(f"{what:15} " + " ".join(f"{took:6.2f}" for took in seen) + f"  median {statistics.median(seen):.2f} s")
-    print(f"busy slots between the first and the last full moment: {100 * share:.1f}% ({samples} samples)")
-    print(f"llmrun {statistics.median(mine):.2f} s; by hand, best of {TRIED}: {statistics.median(times):.2f} s at {best} at a time; "
-          f"ratio {statistics.median(mine) / statistics.median(times):.3f}")
+    figures = Figures()
+    figures.show("slots busy between the first and last full moment", 100 * share, "%", at_least=97, more=f"{samples} samples")
+    figures.show("llmrun's time of the best by hand", statistics.median(mine) / statistics.median(times), "x", at_most=1.05,
+                 more=f"{statistics.median(mine):.2f} s; by hand, best of {TRIED}: {statistics.median(times):.2f} s at {best} at a time")
+    figures.end()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS / "bench")]
 
+from figures import Figures  # noqa: E402
 from test_work import Engine, answer, assert_each_once, one_slow_one_dying, pumped  # noqa: E402
 
 import llmrun  # noqa: E402
@@ -51,11 +52,13 @@ if __name__ == "__main__":
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 100000
     llmrun.IDLE_TIMEOUT_S = 0.5  # an answer that was cut short is given up sooner
     ratios = [of_the_ideal() for _ in range(ROUNDS)]
-    print(f"three replicas, one 3x slower, one dead half-way: {statistics.median(ratios):.3f} of the ideal time "
-          f"({min(ratios):.3f}-{max(ratios):.3f}), {COUNT} prompts, each once")
+    figures = Figures()
+    figures.show("three replicas, one 3x slower, one dead half-way", statistics.median(ratios), "x", at_most=1.1,
+                 more=f"of the ideal time ({min(ratios):.3f}-{max(ratios):.3f}), {COUNT} prompts, each once")
     met, results = through_faults(count)
     assert_each_once(results, count)
     failed = [result for result in results if not result.ok]
     assert len(failed) == met["400"] and all(result.status == 400 for result in failed)
     print(f"{count} prompts, {sum(met.values())} faults ({dict(met)}): one result each, "
           f"{len(failed)} failed, all of them refused with 400; {sum(result.attempts for result in results) - count} asked again")
+    figures.end()
