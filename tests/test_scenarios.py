@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 
-from conftest import wait_for
+from conftest import REAL, wait_for
+from fakes.llama import mark_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -36,11 +37,19 @@ def test_one_node_runs_without_rpc(site):
     assert "--rpc" not in site.wait_for_event("engine_started")["command"]
 
 
-def test_the_system_prompt_and_params_reach_the_engine(site):
+def test_the_system_prompt_and_params_reach_the_engine_with_each_samples_own_seed(site):
+    """The fake engine's answers say with what they were asked; of the real one the count of tokens tells."""
     (site.folder / "system.txt").write_text("Be brief.")
-    site.config(prompts={"system": "system.txt", "params": {"seed": 7, "max_tokens": 3, "temperature": 0}})
+    site.config(prompts={"system": "system.txt", "samples": 2, "params": {"seed": 7, "max_tokens": 3, "temperature": 0}})
     site.llmrun("submit", "config.json", "--wait")
     assert all(line["response"]["body"]["usage"]["completion_tokens"] <= 3 for line in site.journal())
+    results = site.results()
+    assert len(results) == 12 and "part0/000.1.txt" in results and "part0/000.2.txt" in results
+    if not REAL:
+        question = {"model": site.model.name, "max_tokens": 3, "temperature": 0, "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Question 1: what comes after 1?\n"}]}
+        for sample, seed in (("1", 7), ("2", 8)):
+            assert results[f"part1/001.{sample}.txt"].startswith(mark_of({**question, "seed": seed}))
 
 
 def test_cancel_in_the_middle_leaves_the_finished_prompts_and_no_process(site):
@@ -81,6 +90,7 @@ def test_a_new_user_gets_from_the_one_file_to_answers(site):
     text = (site.folder / "config.toml").read_text()
     text = text.replace("~/models/model.gguf", str(site.model)).replace("~/llama.cpp/build/bin", str(site.bin))
     (site.folder / "config.toml").write_text(text.replace("my-run", "first"))
+    site.means(prompts={"user": "prompts/user", "system": "prompts/system.txt", "max_tokens": 1024})
     assert "nodes     1" in site.llmrun("check")
     site.llmrun("submit", "config.toml", "--wait")
     assert "done" in site.llmrun("status")
@@ -171,7 +181,8 @@ def test_a_batch_file_goes_in_and_comes_out_in_that_format(site):
 
 def test_a_csv_comes_back_with_its_answers(site):
     (site.folder / "in.csv").write_text("word,language\nsea,German\n\"a, b\",French\n")
-    site.config(prompts={"user": "in.csv", "template": "Say {word} in {language}.", "id_column": "word"},
+    (site.folder / "system.txt").write_text("You speak {language}.")
+    site.config(prompts={"user": "in.csv", "template": "Say {word} in {language}.", "id_column": "word", "system": "system.txt"},
                 results={"columns": ["answer", "completion_tokens"]})
     site.llmrun("submit", "config.json", "--wait")
     text = (site.run / "results" / "in.csv").read_text()
@@ -246,6 +257,7 @@ def test_the_old_flat_config_runs_unchanged(site):
             "prompts_user_dir": "prompts", "nodes": 2, "ntasks": 2, "time": "00:05:00", "sbatch_script": "old.sbatch",
             "venv_dir": os.path.dirname(os.path.dirname(sys.executable))}
     (site.folder / "config.json").write_text(json.dumps(flat))
+    site.means(prompts={"user": "prompts", "system": "server.txt"}, results={"folder": "answers/*", "file_name": "result_{name}.txt"})
     said = site.llmrun("submit", "config.json", "--wait")
     assert "#SBATCH lines are kept" in said
     answers = list((site.folder / "answers").glob("result_??-??-????_??-??-??/result_*.txt"))

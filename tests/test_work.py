@@ -113,12 +113,22 @@ def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=6
             for group in groups:
                 group.client.close()
                 group.engine.server.close()
+        assert_own_answers(results)
         return results, llmrun.clock() - began
     return asyncio.run(asyncio.wait_for(work(), limit_s))
 
 
+def assert_own_answers(results):
+    """Each answer is the one to its own question, in what is written and in what is counted."""
+    for result in results:
+        if result.ok:
+            assert json.loads(result.body) == result.answer
+            assert llmrun.answer_of(result.answer)["answer"] == f"re: q{result.prompt.key[1]}", result
+
+
 def assert_each_once(results, count):
     assert sorted(result.prompt.key[1] for result in results) == list(range(count))
+    assert_own_answers(results)
 
 
 def test_a_few_prompts_more_than_slots_are_under_way_and_none_is_asked_twice():
@@ -287,6 +297,7 @@ def test_a_suspect_whose_node_is_lost_is_asked_by_another():
             group.client.close()
             group.engine.server.close()
         assert sorted(result.prompt.key[1] for result in results) == [0, 1, 2, 3, 4, 98, 99]
+        assert_own_answers(results)
     asyncio.run(asyncio.wait_for(work(), 20))
 
 
@@ -487,7 +498,7 @@ def test_no_prompt_is_sent_while_results_cannot_be_written():
         assert not engine.asked
         held[0] = False
         await running
-        assert len(results) == 10
+        assert_each_once(results, 10)
         group.client.close()
         engine.server.close()
     asyncio.run(asyncio.wait_for(work(), 20))
