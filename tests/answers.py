@@ -110,15 +110,13 @@ def tiny_tokens(messages):
     return sum(4 + cost(message["role"]) + cost(message["content"].strip()) for message in messages) + 2 + cost("assistant")
 
 
-def check_run(run, folder, config, real=False):
-    """Every answer of a run, wherever it is kept, is the answer to its own question; how many there are."""
-    asked = questions(folder, config)
+def check_run(run, folder, config, asked, real=False):
+    """Every answer of a run, wherever it is kept, is the answer to its own question."""
     engine = "real" if real else config.get("engine", {}).get("name", "llama.cpp")
     may_be_empty = "FAKE_LLAMA_EMPTY" in config.get("environment", {}).get("vars", {})
     wanted = config.get("results", {})
     results = next(folder.glob(wanted["folder"]), run / "none") if wanted.get("folder") else run / "results"
-    merged, count = results / "results.jsonl", 0
-    texts = {}
+    merged, texts = results / "results.jsonl", {}
     for path in [*run.glob("journal/*.jsonl"), *([merged] if merged.exists() else [])]:
         for line in path.read_text().split("\n")[:-1]:
             record = json.loads(line)
@@ -126,7 +124,6 @@ def check_run(run, folder, config, real=False):
             assert record["id"].endswith("_" + question.place), f"{record['id']} is {question.custom_id}, at {question.place}"
             if record["llmrun"]["ok"]:
                 check_answer(question, record["response"]["body"], engine, may_be_empty)
-                count += 1
                 if path == merged:
                     texts[question.custom_id] = said_by(record["response"]["body"])
     if merged.exists():
@@ -135,7 +132,6 @@ def check_run(run, folder, config, real=False):
         settled = {*texts, *(record["custom_id"] for record in (rows_of(failed) if failed.exists() else []))}
         check_texts(results, wanted.get("file_name", "{path}"), asked, texts)
         check_tables(results, [question for name, question in asked.items() if name in settled], texts, wanted.get("columns", ["answer"]))
-    return count
 
 
 def check_texts(results, file_name, asked, texts):

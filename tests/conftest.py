@@ -2,6 +2,7 @@
 who works there with nothing but llmrun.py in a folder."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ REAL = os.environ.get("LLMRUN_BENCH") == "real"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import llmrun  # noqa: E402
-from answers import check_run  # noqa: E402
+from answers import check_run, questions  # noqa: E402
 
 TINY_MODEL = "tiny.gguf"
 SOME = 40 if REAL else 14  # prompts that take a few seconds
@@ -79,6 +80,7 @@ class Site:
             "name": "test", "slurm": {"nodes": 1, "time": "00:10:00"}, "model": {"path": str(self.model)},
             "engine": {"path": str(self.bin), "slots": 2, "context": 1024},
             "prompts": {"user": "prompts", "max_tokens": 16}, "environment": {"vars": {}}}
+        self.asked = {}  # a run → its config and its questions, as they were when it was looked at first
         self.write_prompts(6)
 
     def write_prompts(self, count):
@@ -160,7 +162,9 @@ class Site:
     def assert_answers(self):
         """Each answer that a run has kept, in whatever file, is the one to its own question."""
         for run in self.runs():
-            check_run(run, self.folder, self.data, REAL)
+            if run not in self.asked:
+                self.asked[run] = copy.deepcopy(self.data), questions(self.folder, self.data)
+            check_run(run, self.folder, *self.asked[run], REAL)
 
     def events(self):
         paths = sorted(self.run.glob("events/*.jsonl"))
