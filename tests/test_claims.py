@@ -242,6 +242,15 @@ def test_of_a_process_that_is_not_on_this_host_any_more_all_is_taken_over_at_onc
     assert claims.next() == 0
 
 
+def test_a_process_of_that_number_on_another_host_says_nothing(site):
+    left_by(site)
+    site.births[llmrun.os.getpid()] = False  # here nobody has that number
+    claims = site.driver(2)
+    assert claims.next() == llmrun.LATER
+    site.now += claims.STILL_S + 1
+    assert claims.next() == 0
+
+
 def test_a_driver_without_a_beat_is_waited_for_like_any_other(site):
     left_by(site)
     del site.disk.files["beat.1.0.0"]

@@ -318,6 +318,32 @@ def test_run_in_too_small_an_allocation_says_so(site):
     assert "has 2 nodes and the config wants 3" in done.stdout
 
 
+def test_a_run_whose_job_slurm_has_forgotten_is_known_by_its_own_files(site):
+    """Minutes after a job's end squeue knows no such job, and says so as an error."""
+    site.llmrun("submit", "config.json", "--wait")
+    site.shim("squeue", '[[ "$*" == *-j* ]]', "echo 'slurm_load_jobs error: Invalid job id specified' >&2", "exit 1")
+    assert "done" in site.llmrun("status") and "is done" in site.llmrun("resume")
+    site.shim("squeue", '[[ "$*" == *-j* ]]', "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2", "exit 1")
+    assert "squeue" in site.llmrun("status", code=3) and "sinfo" in site.output
+
+
+def test_agents_are_steps_of_their_own_whatever_the_site_and_the_job_have_set(site):
+    """Variables of the job's would change what srun does, and so would a site's defaults for steps."""
+    site.shim("srun", f"env >> {site.folder}/environment; echo $* >> {site.folder}/words", ":")
+    leaks = ("SLURM_MEM_PER_CPU=1", "SLURM_NTASKS=7", "SLURM_STEP_TASKS_PER_NODE=3", "SRUN_DEBUG=3", "SBATCH_X=1", "PMI_RANK=1", "PMIX_RANK=0")
+    site.config(slurm={"nodes": 2}, engine={"name": "echo"}, environment={"setup": ["export " + " ".join(leaks)]})
+    site.llmrun("submit", "config.json", "--wait")
+    names = {line.partition("=")[0] for line in (site.folder / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SRUN_", "SBATCH_", "PMI"))} == {"SLURM_CONF", "SLURM_JOB_ID"}
+    steps = (site.folder / "words").read_text().splitlines()
+    assert len(steps) == 2
+    for step in steps:
+        words = step.split()
+        assert {"-N1", "-n1", "-w", "--mem=0",  # else a step takes all memory for itself, or waits for it
+                "--kill-on-bad-exit=0", "--wait=0", "--no-kill",  # else another task's end is this one's
+                "--export=ALL", "--mpi=none"} <= set(words[:words.index("agent")]), step
+
+
 def test_cancel_stops_a_run(site):
     site.slow()
     site.llmrun("submit", "config.json")

@@ -97,9 +97,12 @@ def read(number):
     return llmrun.Prompt((0, number, 0), f"r{number}", llmrun.CHAT, json.dumps(body).encode())
 
 
-def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=60):
-    """Run `count` prompts through these engines; the results and how long it took."""
+def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=20):
+    """Run `count` prompts through these engines; the results and how long it took. Nothing may go wrong unseen."""
+    troubles = []
+
     async def work():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: troubles.append(context))
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results, began = [], llmrun.clock()
         pump = llmrun.Pump(taken_from(range(count)), read, results.extend, began + ends_in if ends_in else llmrun.math.inf)
@@ -115,7 +118,9 @@ def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=6
                 group.engine.server.close()
         assert_own_answers(results)
         return results, llmrun.clock() - began
-    return asyncio.run(asyncio.wait_for(work(), limit_s))
+    pumped = asyncio.run(asyncio.wait_for(work(), limit_s))
+    assert not troubles, troubles
+    return pumped
 
 
 def assert_own_answers(results):
@@ -331,6 +336,20 @@ def test_draining_does_not_wait_for_those_to_be_asked_again():
         pump.drain()
     results, took = pumped(1000, engine, meanwhile=drain)
     assert took < 5 and all(result.ok for result in results)
+
+
+def test_what_was_to_be_asked_again_is_not_once_it_drains():
+    """Its time comes while others are still under way."""
+    engine = Engine(3, 0.5, faults=lambda number: answer("busy", 503) if number == 0 else None)
+
+    async def drain(pump, groups, results):
+        while len(engine.asked) < 5:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        pump.drain()
+    results, took = pumped(1000, engine, meanwhile=drain)
+    assert len(engine.asked) == 6 and sorted(result.prompt.key[1] for result in results) == [1, 2, 3, 4, 5]
+    assert took < 3
 
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
