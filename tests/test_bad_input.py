@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from conftest import wait_for
-from fakes.build import make_build, make_model
+from fakes.build import make_build
 
 
 def python_of(version):
@@ -40,19 +40,22 @@ WRONG_VALUES = [
     ("engine.name", '"llama"', "llama.cpp"), ("engine.load_timeout", '"soon"', '"10min"'),
     ("engine.llama.rpc_port", "99999", "65535"), ("engine.llama.user_settings", '"yes"', "true or false"),
     ("prompts.max_tokens", '"many"', "a whole number"), ("prompts.params", '"x"', "a table"), ("results.folder", "1", "quotes"),
-    ("name", '"a/b"', "letters"), ("name", '"a b"', "letters"), ("name", "'a\"b'", "letters"), ("name", '"a\\nb"', "letters"),
-    ("name", '""', "letters"), ("slurm", "3", "a table")]
+    ("name", '"a/b"', "letters"), ("name", '"a b"', "letters"), ("name", '"a\\"b"', "letters"), ("name", '"a\\nb"', "letters"),
+    ("name", '""', "letters"), ("slurm", "3", "below a line [slurm]")]
 
 
 @pytest.mark.parametrize("key, value, words", WRONG_VALUES, ids=[f"{k}={v}" for k, v, _ in WRONG_VALUES])
 def test_a_value_of_the_wrong_kind_names_its_key(site, key, value, words):
-    line = refused(site, "config.json", "--set", f"{key}={value}")
-    assert words in line and key.rpartition(".")[2] in line
+    table, _, name = key.rpartition(".")
+    what, _, mend = refused(site, "config.json", "--set", f"{key}={value}").partition("; ")
+    assert f"config.json: {table and f'[{table}] '}{name} = {json.dumps(json.loads(value))}: not " in what
+    assert words in mend, mend
 
 
 @pytest.mark.parametrize("text, words", [
     ("nodes = 3", "unknown key nodes"), ("[slurm]\nnode = 3", 'did you mean "nodes"'), ("[slrum]\nnodes = 3", 'did you mean "slurm"'),
-    ("name = ", "config.toml"), ("[slurm\nnodes=3", "config.toml:1"), ("[slurm]\ntime = 5 hours", "config.toml:2"),
+    ("name = ", "config.toml: not TOML: Invalid value"), ("[slurm\nnodes=3", "config.toml:1: not TOML"),
+    ("[slurm]\ntime = 5 hours", "config.toml:2: not TOML"),
     ('[slurm]\n\ntime = "5 hours"', 'config.toml:3: [slurm] time = "5 hours": not a time Slurm takes; write "05:00:00"')])
 def test_a_broken_toml_file_names_its_line(site, text, words):
     (site.folder / "config.toml").write_text(text)
@@ -164,22 +167,32 @@ def test_a_build_without_rpc_is_named_on_several_nodes(site, age):
     assert "RPC" in site.status()["detail"] and "RPC" in site.job_output()
 
 
-@pytest.mark.parametrize("key, value, words", [
-    ("slurm.partition", "mian", 'did you mean "main"'), ("slurm.partition", "nowhere", "this cluster has main"),
-    ("slurm.nodes", "9", "at most 4"), ("slurm.time", "05:00:00", 'at most "04:00:00"'), ("slurm.gpus_per_node", "9", "refuses"),
-    ("slurm.nodelist", "node9", "refuses"), ("slurm.mem", "lots", "refuses"), ("slurm.extra.frob", "1", "frob")])
-def test_what_the_cluster_cannot_give(site, key, value, words):
-    assert words in refused(site, "config.json", "--set", f"{key}={value}")
+@pytest.mark.parametrize("key, value, named, words", [
+    ("slurm.partition", "mian", '[slurm] partition = "mian": no such', 'did you mean "main"'),
+    ("slurm.partition", "nowhere", '[slurm] partition = "nowhere": no such', "this cluster has main"),
+    ("slurm.nodes", "9", "[slurm] nodes = 9: ", "at most 4"), ("slurm.time", "05:00:00", '[slurm] time = "05:00:00": ', 'at most "04:00:00"'),
+    ("slurm.gpus_per_node", "9", '[slurm] gpus_per_node = "9": Slurm refuses', "`sinfo -o '%P %c %m %G'`"),
+    ("slurm.nodelist", "node9", '[slurm] nodelist = "node9": Slurm refuses', "`sinfo -N` lists the nodes"),
+    ("slurm.mem", "lots", '[slurm] mem = "lots": Slurm refuses', 'write it as in "64G"'),
+    ("slurm.extra.frob", "1", "Slurm refuses the job: unrecognized option '--frob'", "see [slurm] and [slurm.extra]")])
+def test_what_the_cluster_cannot_give(site, key, value, named, words):
+    """Its line names the key with its value, and then the mend."""
+    what, _, mend = refused(site, "config.json", "--set", f"{key}={value}").partition("; ")
+    assert f"config.json: {named}" in what and words in mend, site.output
 
 
 def test_folders_that_cannot_be_written(site):
     (site.folder / "file").write_text("")
-    assert "file" in refused(site, "config.json", "--set", "run_dir=file")
-    assert "file" in refused(site, "config.json", "--set", "results.folder=file")
-    assert "file" in refused(site, "config.json", "--set", "results.folder=file/deeper")
-    assert "file" in refused(site, "config.json", "--set", "slurm.output=file/out.txt")
-    assert "outside" in refused(site, "config.json", "--set", "results.file_name=../{path}")
-    assert "one file" in refused(site, "config.json", "--set", "results.file_name=all.txt")
+    path = site.folder / "file"
+    for key, value, what, mend in [
+            ("run_dir", "file", f'run_dir = "{path}": cannot make the run\'s folder: file exists', "name a folder that you may write to"),
+            ("results.folder", "file", f'[results] folder = "{path}": {path} is a file', "name a folder"),
+            ("results.folder", "file/deeper", f'[results] folder = "{path}/deeper": {path} is a file', "name a folder"),
+            ("slurm.output", "file/out.txt", f'[slurm] output = "{path}/out.txt": {path}: file exists', "name a folder"),
+            ("results.file_name", "../{path}", '[results] file_name = "../{path}": ../part0/000.txt is outside', 'take out "/" and ".."'),
+            ("results.file_name", "all.txt", '[results] file_name = "all.txt": two answers would land in one file', '"{path}" or "{name}"')]:
+        line = refused(site, "config.json", "--set", f"{key}={value}")
+        assert f"config.json: {what}" in line and mend in line.partition("; ")[2], line
 
 
 def test_a_full_disk_leaves_no_half_made_run(site):
@@ -238,13 +251,6 @@ def test_an_old_python_goes_on_in_a_newer_one_or_says_what_to_do(site, version):
     (shims / "python3.14").chmod(0o755)
     (shims / "python3.9").symlink_to(sys.executable)
     assert "llmrun" in started("--version", PATH=str(shims)).stdout
-
-
-def test_the_fake_model_is_whole(tmp_path):
-    make_model(tmp_path / "x.gguf")
-    import llmrun
-    keys, size = llmrun.read_gguf(tmp_path / "x.gguf")
-    assert keys["general.architecture"] == "llama" and size > 0
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])

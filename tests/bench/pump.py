@@ -2,10 +2,10 @@
 
     python tests/bench/pump.py [SECONDS]
 
-The server is nginx with a fixed completion, pinned to another core. Side by side: llmrun's pump with durable results;
-bare asyncio streams that do nothing with the answer (the ceiling for Python); aiohttp bare; the OpenAI SDK, plain and
-over aiohttp; `requests` in threads. Each asks for the same seconds, after a first round that is not timed and pays for
-its imports; rounds alternate, so that a noisy neighbour meets them all.
+The server is nginx, pinned to another core, with a completion that tells no more of its request than its length. Side
+by side: llmrun's pump with durable results; bare asyncio streams that do nothing with the answer (the ceiling for
+Python); aiohttp bare; the OpenAI SDK, plain and over aiohttp; `requests` in threads. Each asks for the same seconds,
+after a first round that is not timed and pays for its imports; rounds alternate, so that a noisy neighbour meets them all.
 
 Then the same sides against the fake llama-server, whose 64 slots give tokens at a set rate, the same number of requests
 each: how much of what the engine can do each of them gets."""
@@ -37,7 +37,7 @@ FASTEST = 60000  # requests a second that no side reaches: llmrun's input must n
 COMPLETION = json.dumps({
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1700000000, "model": "m",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "An answer of some words. " * 8}}],
-    "usage": {"prompt_tokens": 60, "completion_tokens": 40, "total_tokens": 100}})
+    "usage": {"prompt_tokens": 0, "completion_tokens": 40}}).replace('"prompt_tokens": 0', '"prompt_tokens": $content_length')
 NGINX = """\
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; worker_rlimit_nofile 4096;
 events {{ worker_connections 2048; }}
@@ -48,6 +48,7 @@ http {{
 }}
 """
 BODY = json.dumps({"model": "m", "max_tokens": 64, "messages": [{"role": "user", "content": "A question of some length? " * 12}]})
+BODIES = [BODY.replace("? ", "?" * (1 + number % 7) + " ", 1) for number in range(7)]  # of lengths of their own
 
 
 class Server:
@@ -160,13 +161,14 @@ def llmrun_pump(port, numbers):
     with tempfile.TemporaryDirectory() as name:
         with open(Path(name) / "in.jsonl", "w") as file:
             for number in range(int(min(numbers.count, numbers.seconds * FASTEST))):
-                file.write(f'{{"custom_id": "r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {BODY}}}\n')
+                file.write(f'{{"custom_id": "r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {BODIES[number % 7]}}}\n')
         make_run(Path(name), CONNECTIONS)
         life = OneLife(Path(name), CONNECTIONS)
         began = time.perf_counter()
         life.work(port, only=numbers)
         took = time.perf_counter() - began
         assert life.tally.answers == numbers.taken < len(life.prompts) or numbers.taken == numbers.count, numbers.taken
+        life.check_answers(lambda number: BODIES[number % 7])
         return took
 
 
