@@ -79,6 +79,7 @@ class Request:
     nodelist: tuple = ()
     exclude: tuple = ()
     features: str = ""
+    reservation: str = ""
     exclusive: bool = False
     time_limit: object = None             # minutes, UNLIMITED or None: the partition's
     dependency: str = ""
@@ -175,7 +176,9 @@ class Job:
     patterns: dict = field(default_factory=dict)    # these three as given, with %j and the like
     state: str = "PENDING"
     completing: bool = False
+    configuring: bool = False             # its nodes are being made ready: PrologSlurmctld runs
     reason: str = "None"
+    looked_at: bool = False               # by a scheduling cycle, which finds the true reason
     time_limit: object = UNLIMITED        # minutes
     begin: Optional[float] = None         # not before; --begin, or the wait after a requeue
     eligible: Optional[float] = None
@@ -217,6 +220,8 @@ class Job:
 
     @property
     def shown_state(self):
+        if self.configuring and self.state == "RUNNING":
+            return "CONFIGURING"
         return "COMPLETING" if self.completing else self.state
 
     @property

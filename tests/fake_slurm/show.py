@@ -559,7 +559,8 @@ def show_node(controller, client, words, see):
                 node.conf.cpus - node.free_cpus, node.conf.cpus, node.conf.cpus),
             "AvailableFeatures=%s" % (node.conf.features or "(null)"), "ActiveFeatures=%s" % (node.conf.features or "(null)"),
             "Gres=%s" % node.conf.gres,
-            "NodeAddr=127.0.0.1 NodeHostName=%s Version=%s" % (os.uname().nodename, controller.conf.values["FakeVersion"]),
+            "NodeAddr=127.0.0.1 NodeHostName=%s Version=%s" % (
+                controller.conf.host_of(name) or os.uname().nodename, controller.conf.values["FakeVersion"]),
             "RealMemory=%d AllocMem=%d FreeMem=%d Sockets=%d Boards=1" % (
                 node.conf.memory, node.conf.memory - node.free_memory, node.conf.memory // 2, node.conf.cpus),
             "State=%s ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A" % (
@@ -581,15 +582,26 @@ def show_config(controller, client, words, see):
                + "\nSlurmctld(primary) at %s is UP\n" % os.uname().nodename)
 
 
-def own_jobs(controller, client, word):
+def own_jobs(controller, client, word, denial="Access/permission denied"):
     """The jobs a name stands for; a task named alone leaves the waiting rest of its array."""
     jobs = single_jobs(controller, word) if read_name(word) else []
     if not jobs:
         raise Refusal(1, "%s: Invalid job id specified" % word if "_" in word else
                       "Invalid job id specified for job %s" % word)
     if any(client.request["uid"] not in (0, job.uid) for job in jobs):
-        raise Refusal(1, "Access/permission denied for job %s" % word)
+        raise Refusal(1, "%s for job %s" % (denial, word))
     return jobs
+
+
+NOT_YOURS = "Invalid user id"
+
+
+def jobs_to_hold(controller, client, words):
+    for word in words:
+        try:
+            yield from own_jobs(controller, client, word, NOT_YOURS)
+        except Refusal as refusal:
+            raise Refusal(1, *refusal.lines, *["slurm_suspend error: " + NOT_YOURS] * refusal.lines[0].startswith(NOT_YOURS)) from None
 
 
 def settings(words):
@@ -609,7 +621,7 @@ def scontrol_update(controller, client, words, see):
     if kind != "job":
         raise Refusal(1, "No valid entity in update command",
                       "Input line must include \"NodeName\", \"PartitionName\", \"JobId\", ...")
-    jobs = own_jobs(controller, client, name)
+    jobs = own_jobs(controller, client, name, NOT_YOURS)
     for key, value in wishes.items():
         if key not in UPDATES:
             raise Refusal(1, "Update of this parameter is not supported: %s" % key, "Request aborted")
@@ -687,14 +699,14 @@ def update_node(controller, name, wishes):
 
 
 def scontrol_hold(controller, client, words, see):
-    for job in [job for word in words for job in own_jobs(controller, client, word)]:
+    for job in list(jobs_to_hold(controller, client, words)):
         if job.state == "PENDING":
             job.held = "JobHeldUser" if client.request["uid"] or see.verb == "uhold" else "JobHeldAdmin"
             job.priority, job.reason = 0, job.held
 
 
 def scontrol_release(controller, client, words, see):
-    for job in [job for word in words for job in own_jobs(controller, client, word)]:
+    for job in list(jobs_to_hold(controller, client, words)):
         job.held, job.priority, job.reason = "", 4294901760 - job.id, "None"
         job.eligible = max(time.time(), job.begin or 0)
         controller.schedule()
