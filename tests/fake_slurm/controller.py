@@ -289,7 +289,8 @@ class Controller:
         job.shares, job.batch, job.next_step, job.partition = {}, None, 0, ",".join(job.request.partitions)
         job.started = job.ended = job.end_at = job.preempted_at = job.suspended_at = None
         job.exit_code = job.exit_signal = 0
-        job.warned = job.launch_failure = job.made_way = job.looked_at = False
+        job.warned = job.launch_failure = job.made_way = False
+        job.looked_at = True
         job.finished.clear()
         job.allocated.clear()
         self.wait_for_begin(job)

@@ -104,8 +104,9 @@ class RealCluster:
     `shared`, a list of folders, they have nothing else of /tmp in common."""
 
     nodes = ["node1", "node2", "node3", "node4"]
-    # What another user's command lines begin with.
-    stranger = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    # What another user's command lines begin with; he may read what is in the tests' folders.
+    stranger = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+                "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
     def __init__(self, folder, kill_wait=5, proctrack="linuxproc", partitions=None, hosts=False, shared=None,
                  **settings):
