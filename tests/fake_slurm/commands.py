@@ -167,7 +167,7 @@ def make_job(controller, client, options, default_name):
     if "clusters" in options:
         raise Refusal(1, "%s: error: Problem talking to database" % tool)
     return Job(id=0, request=asked, environment=dict(client.environment), partition=",".join(asked.partitions),
-               uid=request["uid"], gid=request["gid"], user=user_name(request["uid"]), submitted=now,
+               minute=controller.conf.number("FakeMinute"), uid=request["uid"], gid=request["gid"], user=user_name(request["uid"]), submitted=now,
                workdir=os.path.join(request["cwd"], options.get("chdir", "")).rstrip("/") or "/",
                umask=submitted_umask(client))
 

@@ -8,6 +8,7 @@ from .formats import UNLIMITED, compare_version, expand, parse_time
 # What a key means when the file does not name it. Fake* keys exist only here:
 #   FakeVersion       the release to behave like
 #   FakeTick          the controller's slow cycle (30 s in Slurm)
+#   FakeMinute        seconds that a minute of a time limit lasts; the lead of --signal goes with it
 #   FakeTaskProlog    a line that every task prints first, as a site's TaskProlog does
 #   FakeRequeueDelay  seconds that a requeued job waits (in Slurm cred_expire of AuthInfo and one more)
 #   FakeHosts         1: each node has a host name of its own, where the kernel lets us give it one
@@ -23,7 +24,7 @@ DEFAULTS = {
     "SlurmdTimeout": "300", "MessageTimeout": "10", "InactiveLimit": "0", "KillOnBadExit": "0", "WaitTime": "0",
     "MpiDefault": "none", "AuthInfo": "", "PreemptParameters": "", "SlurmctldParameters": "",
     "SrunPortRange": "", "LaunchParameters": "", "PrologSlurmctld": "",
-    "FakeVersion": "22.05.8", "FakeTick": "30", "FakeTaskProlog": "",
+    "FakeVersion": "22.05.8", "FakeTick": "30", "FakeMinute": "60", "FakeTaskProlog": "",
     "FakeRequeueDelay": "", "FakeSignalGap": "0.004", "FakeHosts": "",
 }
 

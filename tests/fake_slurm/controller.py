@@ -14,7 +14,7 @@ from .conf import read_conf
 from .dependencies import judge_dependency
 from .environment import LOGIN_PATH, batch_variables
 from .files import name_files
-from .formats import UNLIMITED, fold
+from .formats import fold
 from .failures import look_at_nodes
 from .model import Node, Step, Task
 from .preemption import end_preempted, make_room, resume_those_who_made_way
@@ -80,7 +80,7 @@ class Controller:
             end_preempted(self, job)
         elif now >= job.end_at:
             self.end(job, "TIMEOUT", "TimeLimit")
-        elif warn and now + self.conf.number("FakeTick") + request.signal_lead >= job.end_at:
+        elif warn and now + self.conf.number("FakeTick") + request.signal_lead * job.minute / 60 >= job.end_at:
             job.warned = True
             if request.signal_batch:
                 steps = [job.batch] if job.batch else []
@@ -185,7 +185,7 @@ class Controller:
             partition = self.conf.partitions[name]
             if partition_reason(job.request, self.conf, name):
                 continue
-            limit = 0 if job.time_limit == UNLIMITED else job.time_limit * 60
+            limit = job.limit_s or 0
             behind = name in blocked and not (backfill and limit and time.time() + limit <= (blocked[name] or 0))
             shares = {} if behind else place(job.request, self.conf, [self.nodes[node] for node in partition.nodes],
                                              partition.max_nodes)
@@ -220,7 +220,7 @@ class Controller:
         now = time.time()
         job.partition, job.shares, job.first_shares, job.started = partition, shares, shares, now
         job.state, job.reason, job.planned = "RUNNING", "None", None
-        job.end_at = None if job.time_limit == UNLIMITED else now + job.time_limit * 60
+        job.end_at = job.limit_s and now + job.limit_s
         self.hold_nodes(job)
         job.batch_host, job.paused = job.nodes[0], 0
         if self.conf.values["PrologSlurmctld"]:

@@ -180,6 +180,7 @@ class Job:
     reason: str = "None"
     looked_at: bool = False               # by a scheduling cycle, which finds the true reason
     time_limit: object = UNLIMITED        # minutes
+    minute: float = 60                    # seconds that one lasts
     begin: Optional[float] = None         # not before; --begin, or the wait after a requeue
     eligible: Optional[float] = None
     started: Optional[float] = None
@@ -223,6 +224,10 @@ class Job:
         if self.configuring and self.state == "RUNNING":
             return "CONFIGURING"
         return "COMPLETING" if self.completing else self.state
+
+    @property
+    def limit_s(self):
+        return None if self.time_limit == UNLIMITED else self.time_limit * self.minute
 
     @property
     def live(self):

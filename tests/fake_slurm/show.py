@@ -30,8 +30,7 @@ def elapsed(job, now):
 def time_left(job, now):
     if job.time_limit == UNLIMITED:
         return UNLIMITED
-    limit = job.time_limit * 60
-    return print_time(limit if not job.started else max(0, limit - elapsed(job, now)))
+    return print_time(job.limit_s if not job.started else max(0, job.limit_s - elapsed(job, now)))
 
 
 def group_name(gid):
@@ -73,7 +72,7 @@ def end_of(job):
     if job.ended:
         return job.ended
     start = None if job.started or job.time_limit == UNLIMITED else start_of(job)
-    return start + job.time_limit * 60 if start else job.end_at
+    return start + job.limit_s if start else job.end_at
 
 
 # squeue ----------------------------------------------------------------------------------------
@@ -641,7 +640,7 @@ def update_time_limit(controller, client, job, value):
         raise Refusal(1, "Access/permission denied for job %d" % job.id)
     job.time_limit = minutes
     if job.started:
-        job.end_at = None if minutes == UNLIMITED else job.started + minutes * 60
+        job.end_at = job.limit_s and job.started + job.limit_s
 
 
 def update_end(controller, client, job, value):
