@@ -1,5 +1,6 @@
 """What the fake Slurm must do, since other tests believe it: told in what a user of a cluster sees."""
 
+import contextlib
 import os
 import re
 import signal
@@ -914,6 +915,22 @@ def test_both_where_memory_counts_a_step_takes_all_of_the_jobs(both):
     desk.write("go", "")
     assert desk.until_done(job) == "FAILED" or desk.show(job) == "COMPLETED"
     assert (desk.folder / "all").exists() and "Memory required by task is not available" in desk.output(job)
+
+
+def test_both_only_the_first_task_has_the_terminal(both):
+    desk = both()
+    ours, theirs = os.openpty()
+    shell = desk.start("srun", "-N2", "--pty", "bash", "-c", "readlink /proc/self/fd/0 > input.$SLURM_PROCID; echo task $SLURM_PROCID\n"
+                       "[ $SLURM_PROCID = 0 ] && read word && echo said $word; exit $((SLURM_PROCID + 4))", stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, b"hello\n")
+    heard = b""
+    with contextlib.suppress(OSError):              # the end of a terminal
+        while True:
+            heard += os.read(ours, 1000)
+    os.close(ours)
+    assert shell.wait(WAIT_S) == 5 and b"task 0\r\n" in heard and b"said hello\r\n" in heard and b"task 1\r\n" not in heard
+    assert desk.read("input.0").startswith("/dev/pts/") and desk.read("input.1") == "/dev/null\n"
 
 
 def test_both_a_hasty_site_ends_steps_of_which_one_task_ended(both):

@@ -6,10 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
-from conftest import REAL, SOME, wait_for
+from conftest import REAL, wait_for
 
+FEW = 40 if REAL else 8         # prompts in whose midst something can be done
+TIMES_OUT_SOON = {"MessageTimeout": 2 if REAL else 1}
 LOST_SOON = {"SlurmdTimeout": 10 if REAL else 1}
 
 
@@ -26,14 +27,11 @@ def test_where_memory_counts_agents_and_engines_share_what_the_job_has(site_on):
     site.config(slurm={"nodes": 2, "mem": "1G"})
     site.llmrun("submit", "config.json", "--wait")
     assert site.ended()["done"] == 6 and len(site.lives()) == 1
-    site.config(slurm={"nodes": 1, "mem": ""})
-    site.llmrun("submit", "config.json", "--wait")
-    assert site.ended()["done"] == 6, "who asks for no memory has all of the node"
 
 
 def test_a_site_that_ends_steps_in_haste_costs_no_more_than_the_lost_agent(site_on):
     site = site_on(KillOnBadExit=1, WaitTime=1)
-    site.slow(SOME)
+    site.slow(FEW)
     site.config(slurm={"nodes": 3}, engine={"replicas": 3})
     site.llmrun("submit", "config.json")
     site.answering(4)
@@ -41,42 +39,37 @@ def test_a_site_that_ends_steps_in_haste_costs_no_more_than_the_lost_agent(site_
     os.kill(site.process(" agent " + lost), signal.SIGKILL)
     state = site.ended()
     assert len(site.lives()) == 1 and len(state["lost"]) == 1 and lost in state["lost"][0]
-    assert len(site.journal()) == SOME
+    assert len(site.journal()) == FEW
 
 
-def test_a_job_that_slurm_has_forgotten_is_still_told_from_its_files(site_on):
+def test_what_slurm_has_forgotten_is_told_and_resumed_from_the_runs_own_files(site_on):
     site = site_on(MinJobAge=2 if REAL else 1)
-    site.llmrun("submit", "config.json", "--wait")
-    job = str(site.status()["job"])
-    wait_for("Slurm to forget", lambda: subprocess.run(["squeue", "-h", "-t", "all", "-j", job], env=site.env,
-                                                       stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode)
-    assert json.loads(site.llmrun("status", job, "--json"))["state"] == "done"
-    assert "done" in site.llmrun("status") and "is done" in site.llmrun("resume")
-    assert len(site.results()) == 6
-
-
-def test_a_forgotten_job_whose_driver_was_killed_can_be_resumed(site_on):
-    site = site_on(MinJobAge=2 if REAL else 1)
-    site.slow(SOME)
+    site.slow(FEW)
     site.llmrun("submit", "config.json")
     site.answering()
     site.kill_job()
+    is_forgotten(site)
+    assert site.status()["state"] == "killed"
+    site.llmrun("resume", "--wait")
+    is_forgotten(site)
+    assert site.ended()["done"] == FEW
+    assert json.loads(site.llmrun("status", str(site.status()["job"]), "--json"))["state"] == "done"
+
+
+def is_forgotten(site):
     job = str(site.status()["job"])
     wait_for("Slurm to forget", lambda: subprocess.run(["squeue", "-h", "-t", "all", "-j", job], env=site.env,
                                                        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode)
-    assert site.status()["state"] == "killed"
-    site.llmrun("resume", "--wait")
-    assert site.ended()["done"] == SOME
 
 
 def test_where_jobs_are_not_requeued_by_default_ours_still_are(site_on):
     site = site_on(JobRequeue=0)
-    site.slow(SOME)
+    site.slow(FEW)
     site.llmrun("submit", "config.json")
     site.answering()
     slurm(site, "scancel", "-b", "-s", "USR1", str(site.status()["job"]))
     site.ended()
-    assert [end["next"] for end in site.ends()] == ["requeued", ""] and len(site.journal()) == SOME
+    assert [end["next"] for end in site.ends()] == ["requeued", ""] and len(site.journal()) == FEW
 
 
 def test_what_a_site_says_around_the_id_loses_no_job(site_on):
@@ -89,8 +82,8 @@ def test_what_a_site_says_around_the_id_loses_no_job(site_on):
 
 
 def test_the_controllers_own_warning_changes_nothing_for_who_knows_the_limit(site_on):
-    site = site_on(**({} if REAL else {"FakeMinute": 20}))
-    site.slow(240 if REAL else 30)
+    site = site_on(**({} if REAL else {"FakeMinute": 18}))
+    site.slow(240 if REAL else 16)
     site.config(slurm={"time": "1"})
     site.llmrun("submit", "config.json")
     state = site.ended(timeout_s=200)
@@ -100,8 +93,8 @@ def test_the_controllers_own_warning_changes_nothing_for_who_knows_the_limit(sit
 
 
 def test_a_controller_that_hangs_stops_no_answers(site_on):
-    site = site_on(MessageTimeout=2)
-    site.slow(SOME)
+    site = site_on(**TIMES_OUT_SOON)
+    site.slow(FEW)
     site.config(slurm={"nodes": 2})
     site.llmrun("submit", "config.json")
     site.answering()
@@ -111,11 +104,11 @@ def test_a_controller_that_hangs_stops_no_answers(site_on):
     wait_for("answers while it hangs", lambda: len(site.journal()) > before + 2)
     site.cluster.go_on()
     site.ended()
-    assert len(site.lives()) == 1 and len(site.journal()) == SOME
+    assert len(site.lives()) == 1 and len(site.journal()) == FEW
 
 
 def test_a_submit_to_a_controller_that_hangs_says_so_in_a_line(site_on):
-    site = site_on(MessageTimeout=2)
+    site = site_on(**TIMES_OUT_SOON)
     site.cluster.hang()
     said = site.llmrun("submit", "config.json", code=3)
     assert "timed out" in said and len(said.splitlines()) <= 3, said
@@ -138,18 +131,18 @@ def test_nodes_that_must_be_made_ready_first_are_waited_for(site_on, tmp_path):
 
 def test_a_slurmd_that_dies_costs_its_node_and_no_prompt(site_on):
     site = site_on(**LOST_SOON)
-    site.slow(SOME)
+    site.slow(FEW)
     site.config(slurm={"nodes": 3, "nodelist": "node[1-3]"}, engine={"replicas": 3})
     site.llmrun("submit", "config.json")
     site.answering(4)
     site.cluster.lose_node("node2")
     state = site.ended(timeout_s=120)
-    assert len(site.lives()) == 1 and "node2" in state["lost"][0] and len(site.journal()) == SOME
+    assert len(site.lives()) == 1 and "node2" in state["lost"][0] and len(site.journal()) == FEW
 
 
 def test_the_drivers_own_node_lost_starts_the_job_elsewhere(site_on):
     site = site_on(**LOST_SOON)
-    site.slow(SOME)
+    site.slow(FEW)
     site.llmrun("submit", "config.json")
     site.answering()
     job, node = site.status()["job"], site.status()["nodes"][0]
@@ -157,30 +150,15 @@ def test_the_drivers_own_node_lost_starts_the_job_elsewhere(site_on):
     state = site.ended(timeout_s=120)
     starts = [event for event in site.events() if event["event"] == "start"]
     assert [name.split(".")[:2] for name in site.lives()] == [[str(job), "0"], [str(job), "1"]]
-    assert node not in starts[-1]["nodes"] and state["done"] == SOME and len(site.journal()) == SOME
+    assert node not in starts[-1]["nodes"] and state["done"] == FEW and len(site.journal()) == FEW
 
 
 def test_on_nodes_with_names_of_their_own_slurm_tells_who_lives(site_on):
     site = site_on(hosts=True)
-    site.slow(SOME)
+    site.slow(FEW)
     site.config(slurm={"nodes": 2})
     site.llmrun("submit", "config.json")
     site.answering()
     assert site.status()["state"] == "answering" and site.status()["exit_code"] is None
     site.kill_job()
     wait_for("the verdict", lambda: site.status()["state"] == "killed")
-    site.llmrun("resume", "--wait")
-    assert site.ended()["done"] == SOME
-
-
-def test_a_run_of_another_user_is_not_cancelled_and_that_is_said(site_on):
-    site = site_on()
-    site.slow(SOME)
-    site.llmrun("submit", "config.json")
-    site.answering()
-    job = str(site.status()["job"])
-    refused = subprocess.run([*site.cluster.stranger, "scancel", job], env=site.env, text=True, stderr=subprocess.PIPE)
-    assert refused.returncode == 210
-    time.sleep(0.2)
-    assert site.status()["state"] == "answering"
-    site.ended()

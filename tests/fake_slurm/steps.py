@@ -228,7 +228,7 @@ class Running:
             self.emit(task, 1, os.fsencode(prolog) + b"\n")
         try:
             task.pid = spawn(command, values, self.cwd if os.path.isdir(self.cwd) else "/tmp", umask, theirs,
-                             terminal="pty" in self.options, host=self.controller.conf.host_of(task.node))
+                             terminal="pty" in self.options and task.procid == 0, host=self.controller.conf.host_of(task.node))
             self.controller.watch(task, self.task_ended)
         except OSError as error:
             self.client.err("slurmstepd-%s: error: execve(): %s: %s" % (task.node, command[0], error.strerror))
@@ -261,6 +261,9 @@ class Running:
         if "pty" in self.options and task.procid == 0:
             ours, theirs = os.openpty()
             return (os.dup(ours), ours, None), (theirs, theirs, theirs)
+        if "pty" in self.options:           # the other tasks see nothing of the terminal
+            null = os.open("/dev/null", os.O_RDWR)
+            return (None, None, None), (null, null, null)
         stdin_read, stdin_write = self.stdin_of(task)
         stdout_read, stdout_write = os.pipe()
         stderr_read, stderr_write = os.pipe()
