@@ -898,6 +898,40 @@ def test_both_a_job_is_configuring_while_its_nodes_are_made_ready(both, tmp_path
     assert [line.partition("node")[0] for line in done.stderr.splitlines()][1:3] == ["salloc: Waiting for resource configuration", "salloc: Nodes "]
 
 
+def test_both_a_job_requeued_to_be_held_waits_for_its_release(both):
+    desk = both()
+    for words, state in (([], "PENDING"), (["State=SpecialExit"], "SPECIAL_EXIT")):
+        job = desk.submit(WAITS)
+        desk.exists("up.")
+        assert desk.run("scontrol", "requeuehold", *words, job).returncode == 0
+        desk.until(lambda: desk.show(job, "%T|%r") == state + "|job requeued in held state", "the hold")
+        assert desk.field(job, "Reason") == "job_requeued_in_held_state" and desk.field(job, "Restarts") == "1"
+        desk.again()
+        assert desk.run("scontrol", "release", job).returncode == 0
+        desk.exists("up.")
+        assert desk.until_state(job, "RUNNING")
+        desk.run("scancel", job)
+        desk.until_done(job)
+        desk.again()
+
+
+def test_both_a_job_that_its_user_stops_says_so_till_it_goes_on(both):
+    desk = both()
+    job = desk.submit(WAITS)
+    desk.exists("up.")
+    desk.run("scancel", "-f", "-s", "STOP", job)
+    desk.until(lambda: desk.show(job, "%T %t") == "STOPPED ST", "the state")
+    desk.run("scancel", "-f", "-s", "CONT", job)
+    desk.until_state(job, "RUNNING")
+    unknown = desk.run("squeue", "-t", "nope")
+    assert unknown.returncode == 1 and unknown.stderr == (
+        "squeue: error: Invalid job state specified: nope\nsqueue: error: Valid job states include: PENDING,RUNNING,SUSPENDED,COMPLETED,"
+        "CANCELLED,FAILED,TIMEOUT,NODE_FAIL,PREEMPTED,BOOT_FAIL,DEADLINE,OUT_OF_MEMORY,COMPLETING,CONFIGURING,RESIZING,RESV_DEL_HOLD,"
+        "REQUEUED,REQUEUE_FED,REQUEUE_HOLD,REVOKED,SIGNALING,SPECIAL_EXIT,STAGE_OUT,STOPPED\n\n")
+    desk.write("go", "")
+    assert desk.until_done(job) == "COMPLETED"
+
+
 # Sites
 
 def test_both_where_memory_counts_a_step_takes_all_of_the_jobs(both):

@@ -309,7 +309,7 @@ def find_running(controller, client, text):
     if not job or not job.live:
         raise Refusal(1, "srun: error: Unable to confirm allocation for job %s: Invalid job id specified" % text,
                       "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job %s" % text)
-    if job.shown_state == "PENDING":
+    if job.state == "PENDING":
         raise Refusal(1, "srun: error: Unable to confirm allocation for job %s: Job is pending execution" % text)
     if client.request["uid"] not in (0, job.uid):
         raise unable(job, "Access/permission denied")
@@ -524,6 +524,7 @@ def cancel_job(controller, job, wishes, number):
     if number in (None, signal.SIGKILL):
         controller.end(job, "CANCELLED")
         return
+    job.stopped = number == signal.SIGSTOP or (job.stopped and number != signal.SIGCONT)
     steps = list(job.steps.values()) + ([job.batch] if "full" in wishes and job.batch else [])
     for step in steps:
         if number == signal.SIGTERM:

@@ -66,7 +66,7 @@ class Controller:
             await self.answering.wait()
             now = time.time()
             for job in list(self.jobs.values()):
-                if job.shown_state == "RUNNING" and job.end_at:
+                if job.shown_state in ("RUNNING", "STOPPED") and job.end_at:
                     self.watch_time(job, now)
                 elif not job.live and now - job.ended > self.conf.number("MinJobAge"):
                     self.forget(job)
@@ -290,7 +290,9 @@ class Controller:
         job.started = job.ended = job.end_at = job.preempted_at = job.suspended_at = None
         job.exit_code = job.exit_signal = 0
         job.warned = job.launch_failure = job.made_way = False
-        job.looked_at = True
+        job.looked_at, job.stopped = True, False
+        if job.hold_again:
+            job.held, job.priority = "job requeued in held state", 0
         job.finished.clear()
         job.allocated.clear()
         self.wait_for_begin(job)

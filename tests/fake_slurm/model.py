@@ -7,12 +7,12 @@ from typing import Optional
 from .conf import NodeConf
 from .formats import UNLIMITED
 
-CODES = {"PENDING": "PD", "RUNNING": "R", "SUSPENDED": "S", "COMPLETING": "CG", "CONFIGURING": "CF",
-         "COMPLETED": "CD", "CANCELLED": "CA", "FAILED": "F", "TIMEOUT": "TO", "NODE_FAIL": "NF",
+CODES = {"PENDING": "PD", "RUNNING": "R", "SUSPENDED": "S", "COMPLETED": "CD", "CANCELLED": "CA", "FAILED": "F", "TIMEOUT": "TO", "NODE_FAIL": "NF",
          "PREEMPTED": "PR", "BOOT_FAIL": "BF", "DEADLINE": "DL", "OUT_OF_MEMORY": "OOM",
-         "REQUEUED": "RQ", "REQUEUE_HOLD": "RH", "RESIZING": "RS", "STOPPED": "ST", "SIGNALING": "SI",
-         "STAGE_OUT": "SO", "SPECIAL_EXIT": "SE", "REVOKED": "RV"}
-LIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING")
+         "COMPLETING": "CG", "CONFIGURING": "CF", "RESIZING": "RS", "RESV_DEL_HOLD": "RD", "REQUEUED": "RQ",
+         "REQUEUE_FED": "RF", "REQUEUE_HOLD": "RH", "REVOKED": "RV", "SIGNALING": "SI", "SPECIAL_EXIT": "SE",
+         "STAGE_OUT": "SO", "STOPPED": "ST"}
+LIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "SPECIAL_EXIT", "STOPPED")
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ class Job:
     client: object = None                 # the salloc or srun that holds it
     comment: str = ""
     held: str = ""                        # by whom, as its reason says
+    hold_again: str = ""                  # requeued so as to be held, in this state
+    stopped: bool = False                 # by SIGSTOP of its user's
     warned: bool = False
     priority: int = 0
     failed_dependency: bool = False
@@ -223,7 +225,11 @@ class Job:
     def shown_state(self):
         if self.configuring and self.state == "RUNNING":
             return "CONFIGURING"
-        return "COMPLETING" if self.completing else self.state
+        if self.completing:
+            return "COMPLETING"
+        if self.stopped and self.state == "RUNNING":
+            return "STOPPED"
+        return self.hold_again if self.held and self.hold_again and self.state == "PENDING" else self.state
 
     @property
     def limit_s(self):

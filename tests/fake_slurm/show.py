@@ -255,11 +255,11 @@ def wanted_states(wishes):
         return tuple(CODES)
     codes = {code: name for name, code in CODES.items()}
     states = []
-    for word in wishes["states"].upper().split(","):
-        name = codes.get(word, word)
+    for word in wishes["states"].split(","):
+        name = codes.get(word.upper(), word.upper())
         if name not in CODES:
-            raise Refusal(1, "squeue: error: Invalid job state specified: %s" % word.lower(),
-                          "squeue: error: Valid job states include: " + ",".join(CODES))
+            raise Refusal(1, "squeue: error: Invalid job state specified: %s" % word,
+                          "squeue: error: Valid job states include: " + ",".join(CODES), "")
         states.append(name)
     return states
 
@@ -311,7 +311,7 @@ def scontrol(controller, client, argv):
     see.details = bool(flags & {"-d", "--details", "-dd"})
     verb = see.verb = words[0].lower() if words else ""
     actions = {"show": scontrol_show, "update": scontrol_update, "hold": scontrol_hold, "uhold": scontrol_hold,
-               "release": scontrol_release, "requeue": scontrol_requeue, "suspend": scontrol_suspend, "resume": scontrol_resume,
+               "release": scontrol_release, "requeue": scontrol_requeue, "requeuehold": scontrol_requeuehold, "suspend": scontrol_suspend, "resume": scontrol_resume,
                "ping": scontrol_ping, "listpids": scontrol_listpids}
     if verb not in actions:
         raise Refusal(1, "invalid keyword: %s" % (words[0] if words else ""))
@@ -380,7 +380,7 @@ def job_fields(controller, job, see):
         "JobId=%d %sJobName=%s" % (job.id, array_fields(job, see), request.name),
         "UserId=%s(%d) GroupId=%s(%d) MCS_label=N/A" % (job.user, job.uid, group_name(job.gid), job.gid),
         "Priority=%d Nice=0 Account=(null) QOS=(null)" % job.priority,
-        "JobState=%s Reason=%s Dependency=%s" % (job.shown_state, job.reason, dependency_text(controller, job)),
+        "JobState=%s Reason=%s Dependency=%s" % (job.shown_state, job.reason.replace(" ", "_"), dependency_text(controller, job)),
         "Requeue=%d Restarts=%d BatchFlag=%d Reboot=0 ExitCode=%d:%d" % (
             request.requeue, job.restarts, job.script is not None, job.exit_code, job.exit_signal)]
     if see.details:
@@ -706,7 +706,7 @@ def scontrol_hold(controller, client, words, see):
 
 def scontrol_release(controller, client, words, see):
     for job in list(jobs_to_hold(controller, client, words)):
-        job.held, job.priority, job.reason = "", 4294901760 - job.id, "None"
+        job.held, job.hold_again, job.priority, job.reason = "", "", 4294901760 - job.id, "None"
         job.eligible = max(time.time(), job.begin or 0)
         controller.schedule()
 
@@ -714,6 +714,17 @@ def scontrol_release(controller, client, words, see):
 def scontrol_requeue(controller, client, words, see):
     code = 0
     for word in words:
+        code |= change_each(controller, client, word, requeue_one)
+    return code
+
+
+def scontrol_requeuehold(controller, client, words, see):
+    """State=SpecialExit marks those whose end was odd; none of them starts before it is released."""
+    special = words[0].lower() == "state=specialexit"
+    code = 0
+    for word in words[special:]:
+        for job in own_jobs(controller, client, word):
+            job.hold_again = "SPECIAL_EXIT" if special else "PENDING"
         code |= change_each(controller, client, word, requeue_one)
     return code
 

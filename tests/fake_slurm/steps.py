@@ -137,7 +137,7 @@ async def create_step(controller, client, job, options, given, name):
             told = True
             await asyncio.sleep(0.05)
             continue
-        if job.shown_state != "RUNNING":
+        if job.shown_state not in ("RUNNING", "STOPPED"):
             raise unable(job, "Job/step already completing or completed")
         shares = step_shares(controller, job, dealt, options)
         if shares:
