@@ -13,7 +13,8 @@ test: $(VENV)/ready  ## everything against fakes: no root, no Slurm, no network
 
 test-real: $(VENV)/ready  ## the same scenarios on a real Slurm and a real llama.cpp (root on Debian)
 	bash tests/real/setup.sh
-	LLMRUN_BENCH=real $(RUN) -m pytest -q -rs -n 2 --dist worksteal --timeout 300 tests/test_scenarios.py tests/test_lives.py
+	LLMRUN_BENCH=real $(RUN) -m pytest -q -rs -n 2 --dist worksteal --timeout 300 -k "not test_fake_slurm or test_both" \
+		tests/test_scenarios.py tests/test_lives.py tests/test_sites.py tests/test_slurm.py tests/test_fake_slurm.py
 	LLMRUN_BENCH=real $(RUN) -m pytest -q -rs --timeout 300 tests/real
 
 lint: $(VENV)/ready

@@ -1,5 +1,6 @@
 """What the fake Slurm must do, since other tests believe it: told in what a user of a cluster sees."""
 
+import contextlib
 import os
 import re
 import signal
@@ -700,7 +701,7 @@ def test_bad_hostlists_are_said_so_with_code_0(shared):
     assert shared.run("scontrol", "show", "hostlist", "n1,n2,n3,n5,m01,m02").stdout == "n[1-3,5],m[01-02]\n"
 
 
-# Arrays, requeue, preemption, lost nodes ---------------------------------------------------------
+# On either cluster -------------------------------------------------------------------
 # These hold on a real Slurm too: LLMRUN_BENCH=real pytest tests/test_fake_slurm.py -k both
 
 class BothDesk(Desk):
@@ -755,6 +756,278 @@ def both(tmp_path):
 
 WAITS = "touch up.$SLURM_ARRAY_TASK_ID; while [ ! -e go ]; do sleep 0.02; done\n"
 
+
+# What is refused, who may do what
+
+def test_both_a_reservation_that_nobody_made_is_refused(both):
+    desk = both()
+    for words, answer in ((["sbatch", "--wrap", "true"], FAILED_TO_SUBMIT), (["sbatch", "-H", "--wrap", "true"], FAILED_TO_SUBMIT),
+                          (["sbatch", "--test-only", "--wrap", "true"], "allocation failure: "),
+                          (["srun", "true"], "srun: error: Unable to allocate resources: "),
+                          (["salloc", "true"], "salloc: error: Job submit/allocate failed: ")):
+        done = desk.run(words[0], "--reservation=none", *words[1:])
+        assert (done.returncode, done.stderr) == (1, answer + "Requested reservation is invalid\n")
+
+
+@pytest.mark.parametrize("site, default", [("1", "1"), ("0", "0")])
+def test_both_the_last_word_on_requeue_counts(both, site, default):
+    desk = both(JobRequeue=site)
+    no, yes = (desk.write(name, "#!/bin/sh\n#SBATCH --%s\n" % name) for name in ("no-requeue", "requeue"))
+    plain, twice = desk.script(""), desk.write("twice", "#!/bin/sh\n#SBATCH --requeue\n#SBATCH --no-requeue\n")
+    for requeue, variables, *words in (
+            (default, {}, plain), ("1", {}, "--no-requeue", "--requeue", plain), ("0", {}, "--requeue", "--no-requeue", plain),
+            ("0", {}, no), ("1", {}, yes), ("0", {}, twice), ("1", {}, "--requeue", no), ("0", {}, "--no-requeue", yes),
+            ("1", {"SBATCH_REQUEUE": "1"}, no), ("0", {"SBATCH_NO_REQUEUE": "1"}, yes), ("1", {"SBATCH_NO_REQUEUE": "1"}, "--requeue", no),
+            ("1", {"SBATCH_NO_REQUEUE": "1", "SBATCH_REQUEUE": "1"}, plain)):
+        job = desk.run("sbatch", "--parsable", "-H", *words, env=variables).stdout.strip()
+        assert desk.field(job, "Requeue") == requeue, (words, variables)
+
+
+def test_both_scancel_takes_ids_apart_at_commas_and_not_at_blanks(both):
+    desk = both()
+    first, second, third = (desk.submit("true\n", "-H") for _ in range(3))
+    for text, shown in ((first + " " + second, None), (first + " " + second + ",3", None), ("3," + first + " " + second, first + " " + second),
+                        (first + " ", None), (first + "\t", None), ("", None), (first + ",", ""), ("," + first, None), ("0", None), ("abc", None),
+                        (first + "-3", None), (first + ".x", None), (first + ".batch", None), (first + ".0 1", None)):
+        refused = desk.run("scancel", text)
+        assert (refused.returncode, refused.stderr) == (1, "scancel: error: Invalid job id %s\n" % (text if shown is None else shown))
+    assert desk.run("scancel", first, "abc").returncode == 1
+    assert desk.show(first + "," + second) == "PENDING\nPENDING", "nobody is cancelled where one name is wrong"
+    done = desk.run("scancel", " %s, 4711" % first, second, "4712")
+    assert (done.returncode, done.stderr) == (0, ""), "unknown ones are passed over"
+    assert desk.show("%s,%s,%s" % (first, second, third)).split() == ["CANCELLED", "CANCELLED", "PENDING"]
+    said = desk.run("scancel", "-s", "USR1", first)
+    assert (said.returncode, said.stderr) == (1, "scancel: error: Kill job error on job id %s: Invalid job id specified\n" % first)
+    if not REAL:                        # where it is tried for 90 s
+        said = desk.run("scancel", "-s", "USR1", third)
+        assert (said.returncode, said.stderr) == (
+            228, "scancel: error: Kill job error on job id %s: Job can not be altered now, try again later\n" % third)
+    assert desk.show(third) == "PENDING"
+    quiet = desk.run("scancel", "-Q", "-s", "USR1", first)
+    assert (quiet.returncode, quiet.stderr) == (1, "")
+    assert desk.run("scancel", "-b", first).returncode == 1
+    assert desk.run("scancel", "-s", "KILL", third).returncode == 0 and desk.show(third) == "CANCELLED"
+
+
+def test_both_another_users_jobs_are_seen_and_not_touched(both):
+    desk = both()
+    job, waiting = desk.submit(WAITS), desk.submit("true\n", "-H")
+    array = desk.submit("true\n", "-H", "-a", "1-3")
+    desk.exists("up.")
+    stranger = desk.cluster.stranger
+    assert desk.run(*stranger, "squeue", "-h", "-j", job, "-o", "%T").stdout == "RUNNING\n"
+    for words in ([], ["-s", "USR1"], ["-b", "-s", "USR1"], ["-Q"]):
+        for name in (job, waiting, *(() if words else (array, array + "_1", array + "_[1-2]"))):
+            refused = desk.run(*stranger, "scancel", *words, name)
+            assert (refused.returncode, refused.stderr) == (
+                210, "scancel: error: Kill job error on job id %s: Access/permission denied\n" % name)
+    assert desk.run(*stranger, "scancel", "-u", "root").returncode == (210 if os.getuid() == 0 else 0)
+    for words, answer in ((["requeue", job], "Access/permission denied for job %s\n" % job),
+                          (["requeue", waiting], "Access/permission denied for job %s\n" % waiting),
+                          (["suspend", job], "Access/permission denied for job %s\n" % job),
+                          (["update", "JobId=" + job, "comment=x"], "Invalid user id for job %s\n" % job),
+                          (["hold", waiting], "Invalid user id for job %s\nslurm_suspend error: Invalid user id\n" % waiting),
+                          (["release", waiting], "Invalid user id for job %s\nslurm_suspend error: Invalid user id\n" % waiting)):
+        refused = desk.run(*stranger, "scontrol", *words)
+        assert (refused.returncode, refused.stderr) == (1, answer)
+    step = desk.run(*stranger, "srun", "--jobid=" + job, "true")
+    assert (step.returncode, step.stderr) == (1, "srun: error: Unable to create step for job %s: Access/permission denied\n" % job)
+    assert desk.run(*stranger, "scancel", "--me").returncode == 0
+    own = desk.run(*stranger, "sbatch", "--parsable", "-H", "-D", "/tmp", "-o", "/dev/null", "--wrap", "true").stdout.strip()
+    assert desk.show(own, "%U") == "65534" and desk.run(*stranger, "scancel", own).returncode == 0 and desk.show(own) == "CANCELLED"
+    assert (desk.show(job), desk.show(waiting)) == ("RUNNING", "PENDING")
+
+
+# Starting and ending
+
+def test_both_before_the_first_cycle_a_reason_is_a_guess(both):
+    desk = both(fake={"FakeTick": 1.5})
+    said = desk.submit("true\n", "-N3", "-p", "short"), "PartitionNodeLimit"
+    assert desk.show(said[0], "%r") == "PartitionConfig"
+    holder = desk.submit(WAITS, "-N4", "--exclusive")
+    desk.exists("up.")
+    waiting = [said]
+    for options, first, later in ((["--begin=now+60"], "Resources", "BeginTime"), (["-d", "afterany:" + holder], "Resources", "Dependency"),
+                                  (["-t", "10", "-p", "short"], "PartitionConfig", "PartitionTimeLimit")):
+        job = desk.submit("true\n", *options)
+        said = desk.show(job, "%r")
+        assert said in (first, "Priority", later), "before or, on a quick cluster, after the first cycle"
+        assert REAL or said != later
+        waiting.append((job, later))
+    for job, later in waiting:
+        desk.until(lambda: desk.show(job, "%r") == later, later)
+    held = desk.submit("true\n", "-H")
+    assert desk.show(held, "%r") == "JobHeldUser", "which is known at once"
+
+
+def test_both_after_its_time_limit_a_job_has_the_exit_code_of_its_script(both):
+    desk = both()
+    ends = {}
+    for name, body, code in (("deaf", "exec sleep 1000\n", "0:15"), ("polite", "trap 'exit 0' TERM\n", "0:0"), ("own", "trap 'exit 7' TERM\n", "7:0")):
+        job = desk.submit(body + "touch up.%s; while :; do sleep 0.02; done\n" % name, "-t", "1")
+        ends[job] = code
+    desk.until(lambda: all(desk.show(job) == "RUNNING" for job in ends) and len(list(desk.folder.glob("up.*"))) == 2, "the start")
+    for job in [] if REAL else ends:
+        desk.run("scontrol", "update", "job", job, "FakeEnd=0")
+    for job, code in ends.items():
+        assert desk.until_done(job) == "TIMEOUT"
+        assert (desk.field(job, "ExitCode"), desk.field(job, "Reason")) == (code, "TimeLimit")
+
+
+def test_both_a_job_is_configuring_while_its_nodes_are_made_ready(both, tmp_path):
+    prolog = tmp_path / "prolog"
+    prolog.write_text("#!/bin/sh\necho $SLURM_JOB_ID $SLURM_JOB_NODELIST $SLURM_SCRIPT_CONTEXT >> %s/readied\n"
+                      "while [ ! -e %s/ready ]; do sleep 0.02; done\n" % (tmp_path, tmp_path))
+    prolog.chmod(0o755)
+    desk = both(PrologSlurmctld=prolog)
+    job = desk.submit("touch up\n", "-N2", "-t", "5")
+    desk.until(lambda: desk.show(job, "%T %t %r %N") == "CONFIGURING CF None node[1-2]", "the state")
+    assert desk.nodes() == {"mixed": "node[1-2]", "idle": "node[3-4]"}
+    assert desk.run("squeue", "-h", "-t", "CF", "-o", "%A").stdout.strip() == job
+    other = desk.submit("true\n")
+    desk.until_state(other, "CONFIGURING")
+    desk.run("scancel", other)
+    desk.until_state(other, "CANCELLED")
+    step = desk.start("srun", "--jobid=" + job, "-N1", "-n1", "touch", "stepped", stderr=subprocess.DEVNULL)
+    time.sleep(0.3)
+    assert not (desk.folder / "up").exists() and not (desk.folder / "stepped").exists()
+    (tmp_path / "ready").touch()
+    assert desk.until_done(job) == "COMPLETED" and step.wait(WAIT_S) in (0, 1), "it ran, or came too late for so short a job"
+    assert (tmp_path / "readied").read_text().splitlines()[0] == "%s node[1-2] prolog_slurmctld" % job
+    done = desk.run("salloc", "-N1", "true")
+    assert [line.partition("node")[0] for line in done.stderr.splitlines()][1:3] == ["salloc: Waiting for resource configuration", "salloc: Nodes "]
+
+
+def test_both_a_job_requeued_to_be_held_waits_for_its_release(both):
+    desk = both()
+    for words, state in (([], "PENDING"), (["State=SpecialExit"], "SPECIAL_EXIT")):
+        job = desk.submit(WAITS)
+        desk.exists("up.")
+        assert desk.run("scontrol", "requeuehold", *words, job).returncode == 0
+        desk.until(lambda: desk.show(job, "%T|%r") == state + "|job requeued in held state", "the hold")
+        assert desk.field(job, "Reason") == "job_requeued_in_held_state" and desk.field(job, "Restarts") == "1"
+        desk.again()
+        assert desk.run("scontrol", "release", job).returncode == 0
+        desk.exists("up.")
+        assert desk.until_state(job, "RUNNING")
+        desk.run("scancel", job)
+        desk.until_done(job)
+        desk.again()
+
+
+def test_both_a_job_that_its_user_stops_says_so_till_it_goes_on(both):
+    desk = both()
+    job = desk.submit(WAITS)
+    desk.exists("up.")
+    desk.run("scancel", "-f", "-s", "STOP", job)
+    desk.until(lambda: desk.show(job, "%T %t") == "STOPPED ST", "the state")
+    desk.run("scancel", "-f", "-s", "CONT", job)
+    desk.until_state(job, "RUNNING")
+    unknown = desk.run("squeue", "-t", "nope")
+    assert unknown.returncode == 1 and unknown.stderr == (
+        "squeue: error: Invalid job state specified: nope\nsqueue: error: Valid job states include: PENDING,RUNNING,SUSPENDED,COMPLETED,"
+        "CANCELLED,FAILED,TIMEOUT,NODE_FAIL,PREEMPTED,BOOT_FAIL,DEADLINE,OUT_OF_MEMORY,COMPLETING,CONFIGURING,RESIZING,RESV_DEL_HOLD,"
+        "REQUEUED,REQUEUE_FED,REQUEUE_HOLD,REVOKED,SIGNALING,SPECIAL_EXIT,STAGE_OUT,STOPPED\n\n")
+    desk.write("go", "")
+    assert desk.until_done(job) == "COMPLETED"
+
+
+# Sites
+
+def test_both_where_memory_counts_a_step_takes_all_of_the_jobs(both):
+    desk = both(SelectTypeParameters="CR_Core_Memory")
+    second = "srun -N1 -n1 -w node1 -c1 %s bash -c 'touch %s' & "
+    job = desk.submit("srun -N1 -n1 -w node1 -c1 bash -c 'touch one; while [ ! -e go ]; do sleep 0.02; done' &\nwhile [ ! -e one ]; do sleep 0.02; done\n"
+                      + second % ("", "all") + second % ("--mem=0", "none") + second % ("--overlap", "over")
+                      + "wait; srun -N1 -n1 -c1 --mem=2000 true; echo $?\n", "-c2", "--mem=1000", "-w", "node1")
+    desk.exists("none"), desk.exists("over")
+    desk.until(lambda: "retrying (Requested nodes are busy)" in desk.output(job), "the third step to be told to wait")
+    assert not (desk.folder / "all").exists()
+    whole = desk.submit("true\n", "-w", "node2")
+    desk.until_done(whole)
+    assert "mem=4000M" in desk.field(whole, "TRES"), "who asks for no memory gets all of a node"
+    desk.write("go", "")
+    assert desk.until_done(job) == "FAILED" or desk.show(job) == "COMPLETED"
+    assert (desk.folder / "all").exists() and "Memory required by task is not available" in desk.output(job)
+
+
+def test_both_only_the_first_task_has_the_terminal(both):
+    desk = both()
+    ours, theirs = os.openpty()
+    shell = desk.start("srun", "-N2", "--pty", "bash", "-c", "readlink /proc/self/fd/0 > input.$SLURM_PROCID; echo task $SLURM_PROCID\n"
+                       "[ $SLURM_PROCID = 0 ] && read word && echo said $word; exit $((SLURM_PROCID + 4))", stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, b"hello\n")
+    heard = b""
+    with contextlib.suppress(OSError):              # the end of a terminal
+        while True:
+            heard += os.read(ours, 1000)
+    os.close(ours)
+    assert shell.wait(WAIT_S) == 5 and b"task 0\r\n" in heard and b"said hello\r\n" in heard and b"task 1\r\n" not in heard
+    assert desk.read("input.0").startswith("/dev/pts/") and desk.read("input.1") == "/dev/null\n"
+
+
+def test_both_a_hasty_site_ends_steps_of_which_one_task_ended(both):
+    desk = both(KillOnBadExit=1, WaitTime=1)
+    one = "bash -c '[ $SLURM_PROCID = 0 ] && exit %d; trap \"touch told.%s; exit 5\" TERM; sleep 2 & wait; touch on.%s'; echo %s $?) &\n"
+    job = desk.submit("".join("(srun --overlap -N2 -n2 %s " % words + one % (code, name, name, name) for words, code, name in (
+        ("", 3, "bad"), ("", 0, "good"), ("-K0 --wait=0", 3, "own"))) + "wait\n", "-N2")
+    assert desk.until_done(job) == "COMPLETED"
+    text = desk.output(job)
+    assert "bad 5\n" in text and (desk.folder / "told.bad").exists(), "TERM where it ended badly"
+    assert "good 137\n" in text and "srun: First task exited 1s ago\n" in text and not (desk.folder / "told.good").exists(), "KILL after WaitTime"
+    assert "own 3\n" in text and (desk.folder / "on.own").exists(), "unless the step says otherwise"
+
+
+def test_both_a_job_is_forgotten_soon_where_the_site_says_so(both):
+    desk = both(real={"MinJobAge": 2}, fake={"MinJobAge": 1})
+    job = desk.submit("true\n")
+    desk.until(lambda: desk.run("squeue", "-h", "-t", "all", "-j", job).stderr == "slurm_load_jobs error: Invalid job id specified\n", "it")
+    assert desk.run("scontrol", "show", "job", job).returncode == 1 and desk.run("scancel", job).returncode == 0
+    assert desk.run("scontrol", "requeue", job).stderr == "Invalid job id specified for job %s\n" % job
+
+
+def test_both_a_controller_that_hangs_is_waited_for_and_does_late_what_was_asked(both):
+    desk = both(MessageTimeout=2)
+    desk.env["SBATCH_TIMELIMIT"] = "5"
+    job = desk.submit("srun --overlap bash -c 'touch up; while [ ! -e go ]; do date +%s%N > now; sleep 0.1; done' & "
+                      "while [ ! -e hung ]; do sleep 0.02; done; srun --overlap true; echo srun $?; wait\n")
+    gone = desk.submit(WAITS)
+    desk.exists("up"), desk.exists("up.")
+    desk.cluster.hang()
+    desk.write("hung", "")
+    silence = "Socket timed out on send/recv operation\n"
+    begun = time.monotonic()
+    asked = [desk.start(*words, stderr=subprocess.PIPE, text=True) for words in (
+        ["squeue", "-h"], ["sinfo", "-h"], ["scancel", gone], ["sbatch", "-o", "late", "--wrap", "true"], ["scontrol", "show", "hostnames", "a[1-2]"])]
+    answers = [(each.communicate(timeout=WAIT_S)[1], each.returncode) for each in asked]
+    assert 2 <= time.monotonic() - begun < 9
+    assert answers == [("slurm_load_jobs error: " + silence, 1), ("slurm_load_partitions: " + silence, 1),
+                       ("scancel: error: Kill job error on job id %s: %s" % (gone, silence), 140), (FAILED_TO_SUBMIT + silence, 1), ("", 0)]
+    text = desk.until(lambda: "srun 1\n" in desk.output(job) and desk.output(job), "a step to give up")
+    assert "srun: error: Unable to confirm allocation for job %s: %s" % (job, silence) in text
+    then = desk.read("now")
+    desk.until(lambda: desk.read("now") not in ("", then), "what runs to run on")
+    assert not (desk.folder / "late").exists()
+    desk.cluster.go_on()
+    desk.until(lambda: (desk.folder / "late").exists(), "the job that sbatch said had failed")
+    assert desk.until_state(gone, "CANCELLED") and desk.show(job) == "RUNNING"
+    desk.write("go", "")
+    assert desk.until_done(job) == "COMPLETED"
+
+
+def test_both_nodes_can_have_host_names_of_their_own(both):
+    desk = both(hosts=True)
+    here = os.uname().nodename
+    names = ["node1", "node2"] if REAL or processes.can_name_hosts() else [here, here]
+    job = desk.submit("hostname; srun -N2 -n2 %s -c 'import socket; print(\"task\", socket.gethostname())' | sort\n" % sys.executable, "-N2")
+    assert desk.until_done(job) == "COMPLETED"
+    assert desk.output(job).split() == [names[0], "task", names[0], "task", names[1]]
+    assert "NodeHostName=%s " % names[0] in desk.run("scontrol", "show", "node", "node1").stdout
+    assert os.uname().nodename == here
+
+
+# Arrays
 
 def test_both_array_tasks_know_their_array_and_the_last_one_takes_its_number(both):
     desk = both()

@@ -1,5 +1,6 @@
 """What users do with a run from its submit to its end, on a fake Slurm or (LLMRUN_BENCH=real) a real one."""
 
+import contextlib
 import csv
 import json
 import os
@@ -115,6 +116,23 @@ def test_run_inside_an_interactive_step_uses_the_allocation(site):
                           stderr=subprocess.STDOUT, timeout=60)
     assert done.returncode == 0, done.stdout + site.job_output()
     assert len(site.results()) == 6
+
+
+def test_run_typed_into_a_shell_of_srun_pty_uses_its_allocation(site):
+    site.config(slurm={"nodes": 2})
+    ours, theirs = os.openpty()
+    shell = subprocess.Popen(["srun", "-N2", "--time=5", "--pty", "bash", "--norc"], cwd=site.folder, env=site.env, stdin=theirs,
+                             stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, f"{sys.executable} llmrun.py run config.json; exit $((40 + $?))\n".encode())
+    heard = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while True:
+            heard += os.read(ours, 1000)
+    os.close(ours)
+    assert shell.wait(60) == 40, heard.decode() + site.job_output()
+    assert len(site.results()) == 6 and site.status()["state"] == "done"
+    assert site.events()[0]["nodes"] == ["node1", "node2"]
 
 
 def test_a_submit_from_inside_a_job_is_a_job_of_its_own(site):

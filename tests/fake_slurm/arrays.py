@@ -80,7 +80,7 @@ def last_one(job):
 
 
 def running_tasks(controller, job):
-    return sum(other.array is job.array and other.shown_state in ("RUNNING", "COMPLETING", "SUSPENDED")
+    return sum(other.array is job.array and other.shown_state in ("RUNNING", "STOPPED", "CONFIGURING", "COMPLETING", "SUSPENDED")
                for other in controller.jobs.values())
 
 

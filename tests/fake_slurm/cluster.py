@@ -54,10 +54,14 @@ main({name!r})
 class FakeCluster:
     """One controller and its folder. Further keys of slurm.conf may be given by name: FakeTick=1.
 
-    partitions: a partition's name to further words of its line, {"low": "GraceTime=20"}."""
+    partitions: a partition's name to further words of its line, {"low": "GraceTime=20"}.
+    hosts: each node has a host name of its own (but no address), where the kernel lets this user give it one: root can
+    always, others where user namespaces are on. Elsewhere all nodes have the machine's, as without it."""
 
-    def __init__(self, folder, conf_text=DEFAULT_CONF, kill_wait=None, proctrack=None, partitions=None, **settings):
+    def __init__(self, folder, conf_text=DEFAULT_CONF, kill_wait=None, proctrack=None, partitions=None, hosts=False, **settings):
         self.folder = Path(os.path.realpath(folder))
+        if hosts and processes.can_name_hosts():
+            settings["FakeHosts"] = 1
         if kill_wait is not None:
             settings["KillWait"] = kill_wait
         if proctrack is not None:
@@ -75,6 +79,9 @@ class FakeCluster:
         kept = {name: value for name, value in os.environ.items()
                 if not name.startswith(("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "FAKE_SLURM_", "PMI"))}
         return {**kept, "SLURM_CONF": str(self.conf_path), "PATH": "%s:%s" % (self.folder / "bin", kept.get("PATH", ""))}
+
+    # What another user's command lines begin with.
+    stranger = ["env", "FAKE_SLURM_UID=65534"]
 
     def start(self, watched_pid=None):
         """watched_pid: the cluster ends when this process does; by default the caller, 0 for nobody."""
@@ -154,6 +161,16 @@ class FakeCluster:
                 code = next((message[1] for message in messages if message[0] == "exit"), None)
         if code:
             raise RuntimeError("the fake Slurm refuses %s:\n%s" % (" ".join(argv), self.log()))
+
+    # A controller that hangs
+
+    def hang(self):
+        """Commands wait in vain and give up after MessageTimeout; nothing is scheduled; what runs, runs on. What
+        sbatch, scancel and scontrol asked for meanwhile is done all the same when the controller goes on."""
+        self.ask("hang")
+
+    def go_on(self):
+        self.ask("go on")
 
     def processes(self):
         """(pid, node, argv) of every living process of this cluster's jobs, escaped ones too."""

@@ -1,5 +1,6 @@
 """The commands that change something: sbatch, srun, salloc, scancel. Each is one conversation with a client."""
 
+import asyncio
 import os
 import pwd
 import re
@@ -8,15 +9,15 @@ import time
 import traceback
 
 from . import failures, show
-from .arrays import drop_waiting, make_array, named_jobs, parse_array, read_name
+from .arrays import drop_waiting, make_array, named_jobs, parse_array
 from .dependencies import parse_dependency
 from .environment import allocation_variables, exported, login_variables
 from .files import name_files
 from .formats import fold, parse_signal
 from .model import Job, Node
-from .options import Refusal, read_command_line, read_directives, read_environment
+from .options import Refusal, overridden, read_command_line, read_directives, read_environment
 from .request import failed, judge, place, read_request
-from .steps import run_step
+from .steps import run_step, unable
 
 LARGEST_SCRIPT = 4194304
 LONGEST_NAME = 1024
@@ -30,6 +31,8 @@ async def answer(controller, client):
     request = message[1]
     client.tool, client.environment, client.request = request["tool"], request["environment"], request
     try:
+        if client.tool not in ("fake", "sbatch"):       # sbatch reads its script first
+            await answered(controller, client)
         code = await TOOLS[client.tool](controller, client, list(request["argv"]))
     except Refusal as refusal:
         client.err(*refusal.lines)
@@ -41,6 +44,43 @@ async def answer(controller, client):
     client.say("exit", code)
     if not client.gone:
         await client.writer.drain()
+
+
+SILENCE = "Socket timed out on send/recv operation"
+SILENT_WORDS = {"sbatch": "sbatch: error: Batch job submission failed: ", "sinfo": "slurm_load_partitions: ",
+                "squeue": "slurm_load_jobs error: ", "srun": "srun: error: Unable to allocate resources: ",
+                "salloc": "salloc: error: Job submit/allocate failed: "}
+LATE = ("sbatch", "scancel", "scontrol")        # whose wishes a controller that hung still fulfils
+
+
+async def answered(controller, client):
+    """Returns once the controller does not hang; the command has given up by then if that takes long."""
+    argv, environment = client.request["argv"], client.environment
+    if controller.answering.is_set() or argv[:2] == ["show", "hostnames"]:
+        return
+    twice = any(word.startswith(("-j", "--job")) for word in argv) if client.tool == "squeue" else argv[:2] == ["show", "job"]
+    try:
+        await asyncio.wait_for(controller.answering.wait(), controller.conf.number("MessageTimeout") * (1 + twice))
+    except asyncio.TimeoutError:
+        code, words = silent_words(client.tool, argv, environment.get("SLURM_JOB_ID"))
+        client.err(*words)
+        client.say("exit", code)
+        await client.listening
+        if client.tool not in LATE:
+            raise Refusal(code) from None
+        await controller.answering.wait()
+
+
+def silent_words(tool, argv, job):
+    """-> exit code, what each command says of a controller that does not answer"""
+    if tool == "scancel":
+        return 140, ["scancel: error: Kill job error on job id %s: %s" % (word, SILENCE) for word in read_scancel(argv)[1]]
+    if tool == "scontrol" and argv[:1] != ["show"]:
+        return 1, ["Unexpected message received for job %s" % argv[-1]]
+    if tool == "srun" and job:
+        return 1, ["srun: error: Unable to confirm allocation for job %s: %s" % (job, SILENCE),
+                   "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job %s" % job]
+    return 1, [SILENT_WORDS.get(tool, "slurm_load_jobs error: " if "job" in argv else "slurm_load_ctl_conf error: ") + SILENCE]
 
 
 def user_name(uid):
@@ -63,7 +103,8 @@ async def sbatch(controller, client, argv):
         return version(controller, client)
     script, default_name, command = await batch_script(client, given, words)
     check_script(script)
-    options = {**read_directives(script.decode("utf-8", "replace")), **read_environment("sbatch", client.environment), **given}
+    await answered(controller, client)
+    options = overridden(read_directives(script.decode("utf-8", "replace")), read_environment("sbatch", client.environment), given)
     job = make_job(controller, client, options, default_name)
     job.script, job.argv, job.command = script, tuple(words[1:]), command
     prepare_batch(controller, job, options)
@@ -126,7 +167,7 @@ def make_job(controller, client, options, default_name):
     if "clusters" in options:
         raise Refusal(1, "%s: error: Problem talking to database" % tool)
     return Job(id=0, request=asked, environment=dict(client.environment), partition=",".join(asked.partitions),
-               uid=request["uid"], gid=request["gid"], user=user_name(request["uid"]), submitted=now,
+               minute=controller.conf.number("FakeMinute"), uid=request["uid"], gid=request["gid"], user=user_name(request["uid"]), submitted=now,
                workdir=os.path.join(request["cwd"], options.get("chdir", "")).rstrip("/") or "/",
                umask=submitted_umask(client))
 
@@ -231,9 +272,10 @@ async def srun(controller, client, argv):
         options["cpus-per-task"] = client.environment["SLURM_CPUS_PER_TASK"]
     cwd, umask = client.request["cwd"], client.request["umask"]
     if "jobid" in options:
-        job = find_running(controller, options["jobid"])
+        job = find_running(controller, client, options["jobid"])
         return await run_step(controller, client, job, options, given, command, cwd, umask)
     job = await allocate(controller, client, options, os.path.basename(command[0]))
+    await configured(controller, client, job)
     try:
         code = await run_step(controller, client, job, {**options, **inherited(job, options)}, given, command, cwd, umask)
     except Refusal:
@@ -262,13 +304,15 @@ def check_memory_variables(client):
         raise Refusal(1, "srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are mutually exclusive.")
 
 
-def find_running(controller, text):
+def find_running(controller, client, text):
     job = controller.jobs.get(int(text.split("_")[0]))
     if not job or not job.live:
         raise Refusal(1, "srun: error: Unable to confirm allocation for job %s: Invalid job id specified" % text,
                       "srun: Check SLURM_JOB_ID environment variable. Expired or invalid job %s" % text)
-    if job.shown_state == "PENDING":
+    if job.state == "PENDING":
         raise Refusal(1, "srun: error: Unable to confirm allocation for job %s: Job is pending execution" % text)
+    if client.request["uid"] not in (0, job.uid):
+        raise unable(job, "Access/permission denied")
     return job
 
 
@@ -293,6 +337,16 @@ async def allocate(controller, client, options, default_name):
             raise Refusal(1, "%s: error: Unable to allocate resources: Job/step already completing or completed" % tool)
         client.err("%s: job %d has been allocated resources" % (tool, job.id))
     return job
+
+
+async def configured(controller, client, job):
+    """Until PrologSlurmctld has made the nodes ready."""
+    if job.configuring:
+        client.hear = watch_departure(controller, client, job)
+        await job.allocated.wait()
+        client.hear = client.messages.put_nowait
+    if job.state != "RUNNING":
+        raise Refusal(1, "%s: error: Unable to allocate resources: Job/step already completing or completed" % client.tool)
 
 
 def watch_departure(controller, client, job):
@@ -323,6 +377,10 @@ async def salloc(controller, client, argv):
     job = await allocate(controller, client, options, "interactive")
     if "quiet" not in options:
         client.err("salloc: Granted job allocation %d" % job.id)
+    if job.configuring:
+        client.err("salloc: Waiting for resource configuration")
+        await configured(controller, client, job)
+        client.err("salloc: Nodes %s are ready for job" % fold(job.nodes))
     if "no-shell" in options:
         job.client = None
         return 0
@@ -374,8 +432,23 @@ def read_scancel(argv):
             trouble = "unrecognized option '%s'" % word if word.startswith("--") else "invalid option -- '%s'" % word[1]
             raise Refusal(1, "scancel: " + trouble, 'Try "scancel --help" for more information')
         else:
-            ids += re.split(r"[,\s]+", word)
-    return wishes, [word for word in ids if word]
+            ids += ids_in(word)
+    return wishes, ids
+
+
+JOB_OR_STEP = r"\s*([1-9]\d*(?:\+\d+|_(?:\d+|\[[^\[\]]*\]|\*))?(?:\.\d+)?)_?(,|$)"
+
+
+def ids_in(text):
+    """The ids of one argument, apart by commas. A blank may stand before one, but is no comma."""
+    ids, rest, comma = [], text, True
+    while comma:
+        match = re.match(JOB_OR_STEP, rest)
+        if not match:
+            raise Refusal(1, "scancel: error: Invalid job id %s" % rest)
+        rest, comma = rest[match.end():], match.group(2)
+        ids.append(match.group(1))
+    return ids
 
 
 async def scancel(controller, client, argv):
@@ -389,38 +462,50 @@ async def scancel(controller, client, argv):
             raise Refusal(1, "Unknown job signal: %s" % wishes["signal"])
     if not ids and not set(wishes) & {"user", "me", "name", "partition", "state", "nodelist"}:
         raise Refusal(1, "scancel: error: No job identification provided")
-    code = 0
-    if number is not None:
-        code = unknown_ids(controller, client, ids)
-    for job, step in scancel_targets(controller, client, wishes, ids):
-        if step is not None:
-            code |= cancel_step(controller, client, job, step, number)
-        else:
-            code |= cancel_job(controller, client, job, wishes, number)
+    code = ended_ids(controller, client, ids, quiet="quiet" in wishes) if number is not None or "batch" in wishes else 0
+    for name, job, step in scancel_targets(controller, client, wishes, ids):
+        code = cancel_one(controller, client, name, job, step, wishes, number) or code
     return code
 
 
-def unknown_ids(controller, client, ids):
-    """Silent for a mere scancel, an error for a signal."""
-    unknown = [word for word in ids if read_name(word) and not named_jobs(controller.jobs, word)]
-    for word in unknown:
-        client.err("scancel: error: Kill job error on job id %s: Invalid job id specified" % word)
-    return 1 if unknown else 0
+def cancel_one(controller, client, name, job, step, wishes, number):
+    """-> the exit code, which is the number of Slurm's error cut to a byte."""
+    if client.request["uid"] not in (0, job.uid):
+        client.err("scancel: error: Kill job error on job %s" % (
+            "id %s: Access/permission denied" % name if step is None else "step id %d: Invalid user id" % job.id))
+        return 210 if step is None else 218
+    if step is not None:
+        return cancel_step(controller, client, job, step, number)
+    if job.state == "PENDING" and number not in (None, signal.SIGKILL):
+        client.err("scancel: error: Kill job error on job id %s: Job can not be altered now, try again later" % name)
+        return 228
+    if not (job.state == "PENDING" and drop_waiting(job, name)):
+        cancel_job(controller, job, wishes, number)
+    return 0
+
+
+def ended_ids(controller, client, ids, quiet):
+    """Those that are not, or no more: silent for a mere scancel, an error for a signal."""
+    ended = [word for word in ids if not any(is_on(job) for job in named_jobs(controller.jobs, word.partition(".")[0]))]
+    for word in [] if quiet else ended:
+        client.err("scancel: error: Kill job error on job %sid %s: Invalid job id specified" % ("step " * ("." in word), word))
+    return 1 if ended else 0
+
+
+def is_on(job):
+    return job.live and not job.completing
 
 
 def scancel_targets(controller, client, wishes, ids):
-    if ids:
-        for word in ids:
-            name, _, step = word.partition(".")
-            if not read_name(name) or not re.fullmatch(r"\d*", step):
-                raise Refusal(1, "scancel: error: Invalid job id %s" % word)
-            for job in named_jobs(controller.jobs, name):
-                if selected(job, client, wishes) and not (job.state == "PENDING" and drop_waiting(job, name)):
-                    yield job, int(step) if step else None
-        return
-    for job in list(controller.jobs.values()):
-        if job.live and selected(job, client, wishes):
-            yield job, None
+    """(as it was named, job, number of a step or None)"""
+    for word in ids:
+        name, _, step = word.partition(".")
+        for job in named_jobs(controller.jobs, name):
+            if is_on(job) and selected(job, client, wishes):
+                yield name, job, int(step) if step else None
+    for job in [] if ids else list(controller.jobs.values()):
+        if is_on(job) and selected(job, client, wishes):
+            yield str(job.id), job, None
 
 
 def selected(job, client, wishes):
@@ -432,41 +517,35 @@ def selected(job, client, wishes):
             and wishes.get("state", job.shown_state).upper() in (job.shown_state, show.code_of(job)))
 
 
-def cancel_job(controller, client, job, wishes, number):
-    if not job.live or job.completing:
-        if number is not None and "quiet" not in wishes:
-            client.err("scancel: error: Kill job error on job id %d: Job/step already completing or completed" % job.id)
-            return 1
-        return 0
+def cancel_job(controller, job, wishes, number):
     if "batch" in wishes and job.batch:
-        return signal_batch(controller, job, number)
-    if number in (None, signal.SIGKILL) or job.state == "PENDING":
+        signal_batch(job, number)
+        return
+    if number in (None, signal.SIGKILL):
         controller.end(job, "CANCELLED")
-        return 0
+        return
+    job.stopped = number == signal.SIGSTOP or (job.stopped and number != signal.SIGCONT)
     steps = list(job.steps.values()) + ([job.batch] if "full" in wishes and job.batch else [])
     for step in steps:
         if number == signal.SIGTERM:
             step.announce("")
         controller.tracking.signal(step, number)
-    return 0
 
 
-def signal_batch(controller, job, number):
+def signal_batch(job, number):
     """scancel -b: only the script; without a signal it is killed and the job has failed."""
     if number in (None, signal.SIGKILL):
         job.launch_failure = True
         os.kill(job.batch.tasks[0].pid, signal.SIGKILL)
     elif job.batch.alive:
         os.kill(job.batch.tasks[0].pid, number)
-    return 0
 
 
 def cancel_step(controller, client, job, number_of_step, number):
     step = job.steps.get(number_of_step)
     if not step:
-        if job.live:
-            client.err("scancel: error: Kill job error on job step id %d.%d: Invalid job id specified" % (job.id, number_of_step))
-        return 1 if job.live else 0
+        client.err("scancel: error: Kill job error on job step id %d: Invalid job id specified" % job.id)
+        return 225
     if number in (None, signal.SIGKILL):
         step.cancelled = True
         step.announce("")
@@ -481,7 +560,12 @@ def cancel_step(controller, client, job, number_of_step, number):
 # For tests --------------------------------------------------------------------------------------
 
 async def fake(controller, client, argv):
-    """What a test does to a cluster: lose NODE | kill NODE | return NODE."""
+    """What a test does to a cluster: lose NODE | kill NODE | return NODE | hang | go on."""
+    if argv in (["hang"], ["go on"]):
+        change = controller.answering.clear if argv == ["hang"] else controller.answering.set
+        change()
+        controller.schedule()
+        return 0
     action, node = argv
     if node not in controller.nodes:
         raise Refusal(1, "no such node: " + node)

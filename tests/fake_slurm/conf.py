@@ -8,8 +8,10 @@ from .formats import UNLIMITED, compare_version, expand, parse_time
 # What a key means when the file does not name it. Fake* keys exist only here:
 #   FakeVersion       the release to behave like
 #   FakeTick          the controller's slow cycle (30 s in Slurm)
+#   FakeMinute        seconds that a minute of a time limit lasts; the lead of --signal goes with it
 #   FakeTaskProlog    a line that every task prints first, as a site's TaskProlog does
 #   FakeRequeueDelay  seconds that a requeued job waits (in Slurm cred_expire of AuthInfo and one more)
+#   FakeHosts         1: each node has a host name of its own, where the kernel lets us give it one
 #   FakeSignalGap     seconds between CONT and TERM; where they are as few as Slurm's, a process on a busy machine
 #                     finds both at once, and then in the order of their numbers
 # Only here as well: `scontrol update job ID FakeEnd=SECONDS` moves a time limit, whose least is a minute in Slurm.
@@ -21,9 +23,9 @@ DEFAULTS = {
     "PreemptMode": "OFF", "PreemptType": "preempt/none", "JobRequeue": "1", "JobFileAppend": "0",
     "SlurmdTimeout": "300", "MessageTimeout": "10", "InactiveLimit": "0", "KillOnBadExit": "0", "WaitTime": "0",
     "MpiDefault": "none", "AuthInfo": "", "PreemptParameters": "", "SlurmctldParameters": "",
-    "SrunPortRange": "", "LaunchParameters": "",
-    "FakeVersion": "22.05.8", "FakeTick": "30", "FakeTaskProlog": "",
-    "FakeRequeueDelay": "", "FakeSignalGap": "0.004",
+    "SrunPortRange": "", "LaunchParameters": "", "PrologSlurmctld": "",
+    "FakeVersion": "22.05.8", "FakeTick": "30", "FakeMinute": "60", "FakeTaskProlog": "",
+    "FakeRequeueDelay": "", "FakeSignalGap": "0.004", "FakeHosts": "",
 }
 
 
@@ -76,6 +78,10 @@ class Conf:
     @property
     def memory_counts(self):
         return "MEMORY" in self.values["SelectTypeParameters"].upper()
+
+    def host_of(self, node):
+        """The host name that a node's processes are to have; "" leaves them the machine's."""
+        return node if self.values["FakeHosts"] else ""
 
     @property
     def requeue_delay(self):

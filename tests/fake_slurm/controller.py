@@ -12,9 +12,9 @@ import time
 from .arrays import last_one, running_tasks, split_off
 from .conf import read_conf
 from .dependencies import judge_dependency
-from .environment import batch_variables
+from .environment import LOGIN_PATH, batch_variables
 from .files import name_files
-from .formats import UNLIMITED
+from .formats import fold
 from .failures import look_at_nodes
 from .model import Node, Step, Task
 from .preemption import end_preempted, make_room, resume_those_who_made_way
@@ -43,6 +43,8 @@ class Controller:
         self.loop = asyncio.get_running_loop()
         self.stopping = asyncio.Event()
         self.scheduled = False
+        self.answering = asyncio.Event()    # cleared while it hangs
+        self.answering.set()
         self.background = set()
 
     # Time and errands ------------------------------------------------------------------------
@@ -61,9 +63,10 @@ class Controller:
         """The slow cycle: time limits, warnings and estimates are looked at only here."""
         while True:
             await asyncio.sleep(self.conf.number("FakeTick"))
+            await self.answering.wait()
             now = time.time()
             for job in list(self.jobs.values()):
-                if job.shown_state == "RUNNING" and job.end_at:
+                if job.shown_state in ("RUNNING", "STOPPED") and job.end_at:
                     self.watch_time(job, now)
                 elif not job.live and now - job.ended > self.conf.number("MinJobAge"):
                     self.forget(job)
@@ -77,7 +80,7 @@ class Controller:
             end_preempted(self, job)
         elif now >= job.end_at:
             self.end(job, "TIMEOUT", "TimeLimit")
-        elif warn and now + self.conf.number("FakeTick") + request.signal_lead >= job.end_at:
+        elif warn and now + self.conf.number("FakeTick") + request.signal_lead * job.minute / 60 >= job.end_at:
             job.warned = True
             if request.signal_batch:
                 steps = [job.batch] if job.batch else []
@@ -123,6 +126,8 @@ class Controller:
 
     def schedule_now(self, backfill=False):
         self.scheduled = False
+        if not self.answering.is_set():
+            return
         resume_those_who_made_way(self)
         waiting = [job for job in self.jobs.values() if job.state == "PENDING"]
         waiting.sort(key=lambda job: (-max(self.conf.partitions[name].priority_tier for name in job.request.partitions),
@@ -135,8 +140,24 @@ class Controller:
     def try_start(self, job, blocked, backfill):
         if not job.held:
             last_one(job)
+        job.looked_at = job.looked_at or backfill
         job.reason = self.obstacle(job)
-        return job.reason == "None" and self.try_partitions(job, blocked, backfill)
+        if job.reason != "None":
+            job.reason = job.reason if job.looked_at or not job.live else self.first_reason(job, blocked)
+            return False
+        return self.try_partitions(job, blocked, backfill)
+
+    def first_reason(self, job, blocked):
+        """What is said before the first cycle: were there room, what keeps it; else what the lack of room alone would."""
+        name = job.request.partitions[0]
+        partition = self.conf.partitions[name]
+        if job.held or not all(partition_reason(job.request, self.conf, each) == "" for each in job.request.partitions):
+            return job.reason if job.held else "PartitionConfig"
+        if name in blocked:
+            return "Priority"
+        if not place(job.request, self.conf, [self.nodes[node] for node in partition.nodes], partition.max_nodes):
+            return "Resources"
+        return "None" if job.array else job.reason
 
     def obstacle(self, job):
         """Why a job is not even looked at, or None."""
@@ -164,7 +185,7 @@ class Controller:
             partition = self.conf.partitions[name]
             if partition_reason(job.request, self.conf, name):
                 continue
-            limit = 0 if job.time_limit == UNLIMITED else job.time_limit * 60
+            limit = job.limit_s or 0
             behind = name in blocked and not (backfill and limit and time.time() + limit <= (blocked[name] or 0))
             shares = {} if behind else place(job.request, self.conf, [self.nodes[node] for node in partition.nodes],
                                              partition.max_nodes)
@@ -199,20 +220,41 @@ class Controller:
         now = time.time()
         job.partition, job.shares, job.first_shares, job.started = partition, shares, shares, now
         job.state, job.reason, job.planned = "RUNNING", "None", None
-        job.end_at = None if job.time_limit == UNLIMITED else now + job.time_limit * 60
+        job.end_at = job.limit_s and now + job.limit_s
         self.hold_nodes(job)
         job.batch_host, job.paused = job.nodes[0], 0
+        if self.conf.values["PrologSlurmctld"]:
+            self.configure(job)
+        else:
+            self.launch(job)
+
+    def launch(self, job):
         job.allocated.set()
         if job.script is not None:
             name_files(job)
             self.start_batch(job)
+
+    def configure(self, job):
+        """The site's own program makes the nodes ready (boots them, perhaps); the job's time begins after it."""
+        job.configuring, started = True, job.started
+        variables = {"SLURM_JOB_ID": str(job.id), "SLURM_JOB_NODELIST": fold(job.nodes), "SLURM_SCRIPT_CONTEXT": "prolog_slurmctld"}
+        null, task = os.open("/dev/null", os.O_RDWR), Task(0, 0, "", 0)
+        task.pid = spawn([self.conf.values["PrologSlurmctld"]], {"PATH": LOGIN_PATH, **variables}, "/", 0o022, [null] * 3)
+        os.close(null)
+
+        def configured(task, status):
+            if job.configuring and job.started == started:
+                job.configuring = False
+                job.end_at = job.end_at and job.end_at + time.time() - started
+                self.launch(job)
+        self.watch(task, configured)
 
     def end(self, job, state, reason="None"):
         """A job is taken away: cancelled, out of time, to be requeued. Its processes have KillWait to leave."""
         if not job.live or job.completing:
             return
         before = job.state
-        job.state, job.reason, job.ended = state, reason, time.time()
+        job.state, job.reason, job.ended, job.configuring = state, reason, time.time(), False
         if before == "PENDING":
             self.finish(job)
             return
@@ -248,6 +290,9 @@ class Controller:
         job.started = job.ended = job.end_at = job.preempted_at = job.suspended_at = None
         job.exit_code = job.exit_signal = 0
         job.warned = job.launch_failure = job.made_way = False
+        job.looked_at, job.stopped = True, False
+        if job.hold_again:
+            job.held, job.priority = "job requeued in held state", 0
         job.finished.clear()
         job.allocated.clear()
         self.wait_for_begin(job)
@@ -375,7 +420,7 @@ class Controller:
         environment = {**batch_variables(job, self.conf, self.conf_path), **marks(self.folder, job.batch.mark, node)}
         cwd = job.workdir if os.path.isdir(job.workdir) else "/tmp"
         try:
-            task.pid = spawn([script, *job.argv], environment, cwd, job.umask, files)
+            task.pid = spawn([script, *job.argv], environment, cwd, job.umask, files, host=self.conf.host_of(node))
             self.watch(task, self.batch_ended)
         except OSError as error:
             os.write(files[2], b"slurmstepd: error: execve(): bad interpreter(%s): No such file or directory\n"

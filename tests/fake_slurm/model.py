@@ -7,12 +7,12 @@ from typing import Optional
 from .conf import NodeConf
 from .formats import UNLIMITED
 
-CODES = {"PENDING": "PD", "RUNNING": "R", "SUSPENDED": "S", "COMPLETING": "CG", "CONFIGURING": "CF",
-         "COMPLETED": "CD", "CANCELLED": "CA", "FAILED": "F", "TIMEOUT": "TO", "NODE_FAIL": "NF",
+CODES = {"PENDING": "PD", "RUNNING": "R", "SUSPENDED": "S", "COMPLETED": "CD", "CANCELLED": "CA", "FAILED": "F", "TIMEOUT": "TO", "NODE_FAIL": "NF",
          "PREEMPTED": "PR", "BOOT_FAIL": "BF", "DEADLINE": "DL", "OUT_OF_MEMORY": "OOM",
-         "REQUEUED": "RQ", "REQUEUE_HOLD": "RH", "RESIZING": "RS", "STOPPED": "ST", "SIGNALING": "SI",
-         "STAGE_OUT": "SO", "SPECIAL_EXIT": "SE", "REVOKED": "RV"}
-LIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING")
+         "COMPLETING": "CG", "CONFIGURING": "CF", "RESIZING": "RS", "RESV_DEL_HOLD": "RD", "REQUEUED": "RQ",
+         "REQUEUE_FED": "RF", "REQUEUE_HOLD": "RH", "REVOKED": "RV", "SIGNALING": "SI", "SPECIAL_EXIT": "SE",
+         "STAGE_OUT": "SO", "STOPPED": "ST"}
+LIVE = ("PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "SPECIAL_EXIT", "STOPPED")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Request:
     nodelist: tuple = ()
     exclude: tuple = ()
     features: str = ""
+    reservation: str = ""
     exclusive: bool = False
     time_limit: object = None             # minutes, UNLIMITED or None: the partition's
     dependency: str = ""
@@ -175,8 +176,11 @@ class Job:
     patterns: dict = field(default_factory=dict)    # these three as given, with %j and the like
     state: str = "PENDING"
     completing: bool = False
+    configuring: bool = False             # its nodes are being made ready: PrologSlurmctld runs
     reason: str = "None"
+    looked_at: bool = False               # by a scheduling cycle, which finds the true reason
     time_limit: object = UNLIMITED        # minutes
+    minute: float = 60                    # seconds that one lasts
     begin: Optional[float] = None         # not before; --begin, or the wait after a requeue
     eligible: Optional[float] = None
     started: Optional[float] = None
@@ -192,6 +196,8 @@ class Job:
     client: object = None                 # the salloc or srun that holds it
     comment: str = ""
     held: str = ""                        # by whom, as its reason says
+    hold_again: str = ""                  # requeued so as to be held, in this state
+    stopped: bool = False                 # by SIGSTOP of its user's
     warned: bool = False
     priority: int = 0
     failed_dependency: bool = False
@@ -217,7 +223,17 @@ class Job:
 
     @property
     def shown_state(self):
-        return "COMPLETING" if self.completing else self.state
+        if self.configuring and self.state == "RUNNING":
+            return "CONFIGURING"
+        if self.completing:
+            return "COMPLETING"
+        if self.stopped and self.state == "RUNNING":
+            return "STOPPED"
+        return self.hold_again if self.held and self.hold_again and self.state == "PENDING" else self.state
+
+    @property
+    def limit_s(self):
+        return None if self.time_limit == UNLIMITED else self.time_limit * self.minute
 
     @property
     def live(self):

@@ -148,15 +148,29 @@ def read_command_line(tool, argv):
             break
         rest.pop(0)
         found = [read_long(tool, word, rest)] if word.startswith("--") else read_short(tool, word, rest)
-        options.update(found)
+        for name, value in found:
+            options = overridden(options, {name: value})
     return check(tool, options), rest
+
+
+OPPOSITES = {"requeue": "no-requeue", "no-requeue": "requeue"}
+
+
+def overridden(*sources):
+    """Options of several places, the later the stronger. The last word on --requeue counts, whichever it is."""
+    options = {}
+    for source in sources:
+        for name, value in source.items():
+            options.pop(OPPOSITES.get(name), None)
+            options[name] = value
+    return options
 
 
 def read_environment(tool, environment):
     options = {}
     for variable, name in ENVIRONMENT[tool].items():
         if variable in environment:
-            options[name] = environment[variable]
+            options = overridden(options, {name: environment[variable]})
     return check(tool, {name: value for name, value in options.items() if name in KNOWN[tool][0]})
 
 
@@ -192,7 +206,7 @@ def read_directives(script):
             found, stray = read_command_line("sbatch", directive_words(line[len("#SBATCH"):]))
             if stray:
                 raise Refusal(255, "sbatch: error: Invalid directive found in batch script: " + stray[0])
-            options.update(found)
+            options = overridden(options, found)
         elif line.strip() and not line.lstrip().startswith("#"):
             break
     return options

@@ -24,7 +24,7 @@ def make_room(controller, job, partition):
 
 
 def may_be_preempted(controller, job, partition):
-    if job.shown_state != "RUNNING" or job.preempted_at:
+    if job.shown_state not in ("RUNNING", "STOPPED") or job.preempted_at:
         return False
     own = controller.conf.partitions[job.partition]
     return own.priority_tier < partition.priority_tier and own.preempt_mode != "OFF"

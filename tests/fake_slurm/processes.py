@@ -7,10 +7,12 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import termios
 
 CLUSTER_MARK, STEP_MARK, NODE_MARK = "FAKE_SLURM_CLUSTER", "FAKE_SLURM_STEP", "FAKE_SLURM_NODE"
 PR_SET_CHILD_SUBREAPER = 36
+CLONE_NEWUTS, CLONE_NEWUSER = 0x04000000, 0x10000000
 
 
 def adopt_orphans():
@@ -33,16 +35,16 @@ def find_program(name, environment, cwd):
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
 
 
-def spawn(argv, environment, cwd, umask, files, terminal=False):
+def spawn(argv, environment, cwd, umask, files, terminal=False, host=""):
     """Start one task in a session of its own, -> its pid; raises OSError when it cannot be executed.
-    Its argv[0] is the path that was found, as slurmstepd makes it.
+    Its argv[0] is the path that was found, as slurmstepd makes it. host: the name of the machine it believes to be on.
 
     A fork of our own and not subprocess: SLURM_TASK_PID must hold the number the process itself has."""
     program = find_program(argv[0], environment, cwd)
     heard, told = os.pipe()
     pid = os.fork()
     if not pid:
-        become(program, argv, environment, cwd, umask, files, terminal, told)
+        become(program, argv, environment, cwd, umask, files, terminal, host, told)
     os.close(told)
     with os.fdopen(heard, "rb") as pipe:
         trouble = pipe.read()
@@ -52,10 +54,12 @@ def spawn(argv, environment, cwd, umask, files, terminal=False):
     return pid
 
 
-def become(program, argv, environment, cwd, umask, files, terminal, told):
+def become(program, argv, environment, cwd, umask, files, terminal, host, told):
     """In the child: everything up to exec, which closes the pipe; a number in it is what went wrong."""
     try:
         os.setsid()
+        if host:
+            take_host_name(host)
         for target, descriptor in enumerate([os.dup(descriptor) for descriptor in files]):
             os.dup2(descriptor, target)
         if terminal:
@@ -69,6 +73,35 @@ def become(program, argv, environment, cwd, umask, files, terminal, told):
         os.write(told, b"%d" % error.errno)
     finally:
         os._exit(2)
+
+
+# Host names ------------------------------------------------------------------------------------
+
+def take_host_name(name):
+    """For this process and all below it. Root can always; others where they may have a user namespace.
+
+    The kernel's own way, so that every program is told it: hostname, Python's socket, uname."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUTS):
+        if libc.unshare(CLONE_NEWUSER | CLONE_NEWUTS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        for file, text in (("setgroups", "deny"), ("uid_map", "%d %d 1" % (uid, uid)), ("gid_map", "%d %d 1" % (gid, gid))):
+            with open("/proc/self/" + file, "w") as stream:
+                stream.write(text)
+    socket.sethostname(name)
+
+
+def can_name_hosts():
+    """Whether this kernel lets this user give processes a host name of their own."""
+    pid = os.fork()
+    if not pid:
+        try:
+            take_host_name("probe")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
 
 
 # Finding ---------------------------------------------------------------------------------------

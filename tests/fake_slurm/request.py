@@ -7,13 +7,11 @@ from .formats import UNLIMITED, expand, parse_megabytes, parse_moment, parse_sig
 from .model import Request, Share
 from .options import Refusal
 
-SUBMIT_FAILED = "%s: error: Batch job submission failed: "
-ALLOCATE_FAILED = "%s: error: Unable to allocate resources: "
+FAILED = {"sbatch": "Batch job submission failed", "salloc": "Job submit/allocate failed", "srun": "Unable to allocate resources"}
 
 
 def failed(tool, words):
-    prefix = SUBMIT_FAILED if tool == "sbatch" else ALLOCATE_FAILED
-    return prefix % tool + words
+    return "%s: error: %s: %s" % (tool, FAILED[tool], words)
 
 
 # Reading ---------------------------------------------------------------------------------------
@@ -90,7 +88,8 @@ def read_request(tool, options, conf, default_name, now):
         time_limit=parse_time(options["time"]) if "time" in options else None,
         dependency=options.get("dependency", ""), hold="hold" in options, comment=options.get("comment", ""),
         begin=parse_moment(options["begin"], now) if "begin" in options else None,
-        no_kill="no-kill" in options, requeue="no-requeue" not in options,
+        reservation=options.get("reservation", ""), no_kill="no-kill" in options,
+        requeue="no-requeue" not in options and ("requeue" in options or conf.values["JobRequeue"] != "0"),
         append=options.get("open-mode", "t").lower().startswith("a"),
         kill_on_invalid_dep=options.get("kill-on-invalid-dep", "no").lower().startswith("y"), **found)
 
@@ -111,6 +110,8 @@ def judge(tool, request, conf):
     features = {word for node in conf.nodes.values() for word in node.features.split(",")}
     if set(re.findall(r"\w+", request.features)) - features:
         raise Refusal(1, failed(tool, "Invalid feature specification"))
+    if request.reservation:             # nobody has made any here
+        raise Refusal(1, failed(tool, "Requested reservation is invalid"))
     if request.hold:
         return
     judge_sizes(tool, request, conf)
@@ -171,13 +172,18 @@ def tasks_that_fit(request, conf, node, cpus, memory, gpus):
         return 0
     count = cpus // request.cpus_per_task
     if conf.memory_counts:
-        if memory < (node.memory if request.memory == 0 else request.memory or 0):
+        if memory < memory_wanted(request, node):
             return 0
         if request.memory_per_cpu:
             count = min(count, memory // (request.memory_per_cpu * request.cpus_per_task))
     if request.gpus_per_task:
         count = min(count, gpus // request.gpus_per_task)
     return min(count, request.ntasks_per_node) if request.ntasks_per_node else count
+
+
+def memory_wanted(request, node):
+    """On each node; who names no amount takes all of it."""
+    return request.memory or (0 if request.memory_per_cpu else node.memory)
 
 
 def choose(request, fits, limit):
@@ -230,7 +236,7 @@ def share_on(request, conf, node, tasks):
     cpus = node.conf.cpus if request.exclusive else max(tasks, 1) * request.cpus_per_task
     memory = 0
     if conf.memory_counts:
-        memory = (request.memory_per_cpu or 0) * cpus or request.memory or (node.conf.memory if request.memory == 0 else 0)
+        memory = (request.memory_per_cpu or 0) * cpus or memory_wanted(request, node.conf)
     gpus = request.gpus_per_node or request.gpus_per_task * tasks
     return Share(cpus, memory, node.free_gpus[:gpus], tasks)
 

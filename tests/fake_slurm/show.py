@@ -30,8 +30,7 @@ def elapsed(job, now):
 def time_left(job, now):
     if job.time_limit == UNLIMITED:
         return UNLIMITED
-    limit = job.time_limit * 60
-    return print_time(limit if not job.started else max(0, limit - elapsed(job, now)))
+    return print_time(job.limit_s if not job.started else max(0, job.limit_s - elapsed(job, now)))
 
 
 def group_name(gid):
@@ -73,7 +72,7 @@ def end_of(job):
     if job.ended:
         return job.ended
     start = None if job.started or job.time_limit == UNLIMITED else start_of(job)
-    return start + job.time_limit * 60 if start else job.end_at
+    return start + job.limit_s if start else job.end_at
 
 
 # squeue ----------------------------------------------------------------------------------------
@@ -256,11 +255,11 @@ def wanted_states(wishes):
         return tuple(CODES)
     codes = {code: name for name, code in CODES.items()}
     states = []
-    for word in wishes["states"].upper().split(","):
-        name = codes.get(word, word)
+    for word in wishes["states"].split(","):
+        name = codes.get(word.upper(), word.upper())
         if name not in CODES:
-            raise Refusal(1, "squeue: error: Invalid job state specified: %s" % word.lower(),
-                          "squeue: error: Valid job states include: " + ",".join(CODES))
+            raise Refusal(1, "squeue: error: Invalid job state specified: %s" % word,
+                          "squeue: error: Valid job states include: " + ",".join(CODES), "")
         states.append(name)
     return states
 
@@ -312,7 +311,7 @@ def scontrol(controller, client, argv):
     see.details = bool(flags & {"-d", "--details", "-dd"})
     verb = see.verb = words[0].lower() if words else ""
     actions = {"show": scontrol_show, "update": scontrol_update, "hold": scontrol_hold, "uhold": scontrol_hold,
-               "release": scontrol_release, "requeue": scontrol_requeue, "suspend": scontrol_suspend, "resume": scontrol_resume,
+               "release": scontrol_release, "requeue": scontrol_requeue, "requeuehold": scontrol_requeuehold, "suspend": scontrol_suspend, "resume": scontrol_resume,
                "ping": scontrol_ping, "listpids": scontrol_listpids}
     if verb not in actions:
         raise Refusal(1, "invalid keyword: %s" % (words[0] if words else ""))
@@ -381,7 +380,7 @@ def job_fields(controller, job, see):
         "JobId=%d %sJobName=%s" % (job.id, array_fields(job, see), request.name),
         "UserId=%s(%d) GroupId=%s(%d) MCS_label=N/A" % (job.user, job.uid, group_name(job.gid), job.gid),
         "Priority=%d Nice=0 Account=(null) QOS=(null)" % job.priority,
-        "JobState=%s Reason=%s Dependency=%s" % (job.shown_state, job.reason, dependency_text(controller, job)),
+        "JobState=%s Reason=%s Dependency=%s" % (job.shown_state, job.reason.replace(" ", "_"), dependency_text(controller, job)),
         "Requeue=%d Restarts=%d BatchFlag=%d Reboot=0 ExitCode=%d:%d" % (
             request.requeue, job.restarts, job.script is not None, job.exit_code, job.exit_signal)]
     if see.details:
@@ -559,7 +558,8 @@ def show_node(controller, client, words, see):
                 node.conf.cpus - node.free_cpus, node.conf.cpus, node.conf.cpus),
             "AvailableFeatures=%s" % (node.conf.features or "(null)"), "ActiveFeatures=%s" % (node.conf.features or "(null)"),
             "Gres=%s" % node.conf.gres,
-            "NodeAddr=127.0.0.1 NodeHostName=%s Version=%s" % (os.uname().nodename, controller.conf.values["FakeVersion"]),
+            "NodeAddr=127.0.0.1 NodeHostName=%s Version=%s" % (
+                controller.conf.host_of(name) or os.uname().nodename, controller.conf.values["FakeVersion"]),
             "RealMemory=%d AllocMem=%d FreeMem=%d Sockets=%d Boards=1" % (
                 node.conf.memory, node.conf.memory - node.free_memory, node.conf.memory // 2, node.conf.cpus),
             "State=%s ThreadsPerCore=1 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A" % (
@@ -581,15 +581,26 @@ def show_config(controller, client, words, see):
                + "\nSlurmctld(primary) at %s is UP\n" % os.uname().nodename)
 
 
-def own_jobs(controller, client, word):
+def own_jobs(controller, client, word, denial="Access/permission denied"):
     """The jobs a name stands for; a task named alone leaves the waiting rest of its array."""
     jobs = single_jobs(controller, word) if read_name(word) else []
     if not jobs:
         raise Refusal(1, "%s: Invalid job id specified" % word if "_" in word else
                       "Invalid job id specified for job %s" % word)
     if any(client.request["uid"] not in (0, job.uid) for job in jobs):
-        raise Refusal(1, "Access/permission denied for job %s" % word)
+        raise Refusal(1, "%s for job %s" % (denial, word))
     return jobs
+
+
+NOT_YOURS = "Invalid user id"
+
+
+def jobs_to_hold(controller, client, words):
+    for word in words:
+        try:
+            yield from own_jobs(controller, client, word, NOT_YOURS)
+        except Refusal as refusal:
+            raise Refusal(1, *refusal.lines, *["slurm_suspend error: " + NOT_YOURS] * refusal.lines[0].startswith(NOT_YOURS)) from None
 
 
 def settings(words):
@@ -609,7 +620,7 @@ def scontrol_update(controller, client, words, see):
     if kind != "job":
         raise Refusal(1, "No valid entity in update command",
                       "Input line must include \"NodeName\", \"PartitionName\", \"JobId\", ...")
-    jobs = own_jobs(controller, client, name)
+    jobs = own_jobs(controller, client, name, NOT_YOURS)
     for key, value in wishes.items():
         if key not in UPDATES:
             raise Refusal(1, "Update of this parameter is not supported: %s" % key, "Request aborted")
@@ -629,7 +640,7 @@ def update_time_limit(controller, client, job, value):
         raise Refusal(1, "Access/permission denied for job %d" % job.id)
     job.time_limit = minutes
     if job.started:
-        job.end_at = None if minutes == UNLIMITED else job.started + minutes * 60
+        job.end_at = job.limit_s and job.started + job.limit_s
 
 
 def update_end(controller, client, job, value):
@@ -687,15 +698,15 @@ def update_node(controller, name, wishes):
 
 
 def scontrol_hold(controller, client, words, see):
-    for job in [job for word in words for job in own_jobs(controller, client, word)]:
+    for job in list(jobs_to_hold(controller, client, words)):
         if job.state == "PENDING":
             job.held = "JobHeldUser" if client.request["uid"] or see.verb == "uhold" else "JobHeldAdmin"
             job.priority, job.reason = 0, job.held
 
 
 def scontrol_release(controller, client, words, see):
-    for job in [job for word in words for job in own_jobs(controller, client, word)]:
-        job.held, job.priority, job.reason = "", 4294901760 - job.id, "None"
+    for job in list(jobs_to_hold(controller, client, words)):
+        job.held, job.hold_again, job.priority, job.reason = "", "", 4294901760 - job.id, "None"
         job.eligible = max(time.time(), job.begin or 0)
         controller.schedule()
 
@@ -703,6 +714,17 @@ def scontrol_release(controller, client, words, see):
 def scontrol_requeue(controller, client, words, see):
     code = 0
     for word in words:
+        code |= change_each(controller, client, word, requeue_one)
+    return code
+
+
+def scontrol_requeuehold(controller, client, words, see):
+    """State=SpecialExit marks those whose end was odd; none of them starts before it is released."""
+    special = words[0].lower() == "state=specialexit"
+    code = 0
+    for word in words[special:]:
+        for job in own_jobs(controller, client, word):
+            job.hold_again = "SPECIAL_EXIT" if special else "PENDING"
         code |= change_each(controller, client, word, requeue_one)
     return code
 

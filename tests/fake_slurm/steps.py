@@ -133,7 +133,11 @@ async def create_step(controller, client, job, options, given, name):
     deadline = None if patience is None else time.monotonic() + int(patience or 1)
     told = False
     while True:
-        if job.shown_state != "RUNNING":
+        if job.shown_state == "CONFIGURING" and not client.gone:
+            told = True
+            await asyncio.sleep(0.05)
+            continue
+        if job.shown_state not in ("RUNNING", "STOPPED"):
             raise unable(job, "Job/step already completing or completed")
         shares = step_shares(controller, job, dealt, options)
         if shares:
@@ -224,7 +228,7 @@ class Running:
             self.emit(task, 1, os.fsencode(prolog) + b"\n")
         try:
             task.pid = spawn(command, values, self.cwd if os.path.isdir(self.cwd) else "/tmp", umask, theirs,
-                             terminal="pty" in self.options)
+                             terminal="pty" in self.options and task.procid == 0, host=self.controller.conf.host_of(task.node))
             self.controller.watch(task, self.task_ended)
         except OSError as error:
             self.client.err("slurmstepd-%s: error: execve(): %s: %s" % (task.node, command[0], error.strerror))
@@ -257,6 +261,9 @@ class Running:
         if "pty" in self.options and task.procid == 0:
             ours, theirs = os.openpty()
             return (os.dup(ours), ours, None), (theirs, theirs, theirs)
+        if "pty" in self.options:           # the other tasks see nothing of the terminal
+            null = os.open("/dev/null", os.O_RDWR)
+            return (None, None, None), (null, null, null)
         stdin_read, stdin_write = self.stdin_of(task)
         stdout_read, stdout_write = os.pipe()
         stderr_read, stderr_write = os.pipe()

@@ -104,6 +104,9 @@ class RealCluster:
     `shared`, a list of folders, they have nothing else of /tmp in common."""
 
     nodes = ["node1", "node2", "node3", "node4"]
+    # What another user's command lines begin with; he may read what is in the tests' folders.
+    stranger = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
+                "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
     def __init__(self, folder, kill_wait=5, proctrack="linuxproc", partitions=None, hosts=False, shared=None,
                  **settings):
@@ -191,6 +194,16 @@ class RealCluster:
     def return_node(self, name):
         self.returned.append(subprocess.Popen([program("slurmd"), "-D", "-N", name], env=self.env,
                                               stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+    def hang(self):
+        """The controller answers nobody; what runs, runs on."""
+        os.kill(self.controller(), signal.SIGSTOP)
+
+    def go_on(self):
+        os.kill(self.controller(), signal.SIGCONT)
+
+    def controller(self):
+        return int((self.folder / "state" / "slurmctld.pid").read_text())
 
     def address(self, node):
         """What others reach a node by."""
