@@ -295,6 +295,14 @@ def process_birth(pid):
 TAIL_LINES = 30
 
 
+def signal_name(number):
+    """"SIGKILL" for 9. Slurm writes 53 for a job that could not start, which is no signal: it stays a number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def log_tail(path):
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
@@ -1304,7 +1312,7 @@ class Slurm:
         if job not in self.deaths:
             ended = re.search(r"\bExitCode=\d+:(\d+)", self.detail(job))
             number = int(ended.group(1)) if ended else 0
-            self.deaths[job] = signal.Signals(number).name if number else ""
+            self.deaths[job] = signal_name(number) if number else ""
         return self.deaths[job]
 
     def waiting_before(self):
@@ -2689,7 +2697,7 @@ class Exit(NamedTuple):
     def how(self):
         if self.code is None:
             return "was lost with its node"
-        return f"was killed by {signal.Signals(-self.code).name}" if self.code < 0 else f"ended with code {self.code}"
+        return f"was killed by {signal_name(-self.code)}" if self.code < 0 else f"ended with code {self.code}"
 
 
 class NodeLost(ClusterError):
@@ -4496,14 +4504,12 @@ class InHand:
     """A prompt from the moment it is taken from the input until it has a result. Where it stands is its tray, and
     nothing else: `put` is the one change of state, and how many there are of a kind is how many lie in its tray."""
 
-    __slots__ = ("prompt", "tray", "timer", "attempts", "began", "alone", "broke", "deaths")
+    __slots__ = ("prompt", "tray", "timer", "attempts", "began", "deaths")
 
     def __init__(self, prompt):
         self.prompt, self.tray, self.timer = prompt, None, None
         self.attempts = 0  # how often it was asked and not answered for good
-        self.began = 0.0  # when it was asked last; 0 where it was not, after all
-        self.alone = False  # it is asked while nothing else is under way at its replica
-        self.broke = None, 0.0  # the desk where its connection broke last, and when
+        self.began = 0.0  # when it was asked last
         self.deaths = 0  # how many engines died while it was under way
 
     def put(self, tray):
@@ -4523,27 +4529,38 @@ class Desk:
 
     def __init__(self, replica):
         self.replica = replica
-        self.under_way = {}  # the tray of what it is asked
+        self.under_way = {}  # trays, key → InHand: what it is asked,
+        self.alone = {}  # one that it is asked alone, and that is judged here if the engine dies,
+        self.refused = {}  # and what it could not be asked, which keeps its slot for a moment
         self.came = []  # (prompt in hand, Message or WireError)
-        self.victims = []  # what was under way when it ended, of which one may be the cause
+        self.broken = {}  # prompt in hand → when its answer broke off, unless it was answered since
+        self.accused = []  # what may have killed the engine
         self.turn, self.alarm = asyncio.Event(), None
 
     @property
-    def room(self):
-        """How many more it may be asked; none beside a prompt that is to be alone."""
-        if len(self.under_way) == 1 and next(iter(self.under_way.values())).alone:
-            return 0
-        return max(0, self.replica.engine.in_flight - len(self.under_way))
+    def trays(self):
+        return [self.under_way, self.alone, self.refused]
 
-    def ask(self, hand, alone, now, limit):
-        hand.alone, hand.began = alone, now
-        hand.put(self.under_way)
+    @property
+    def room(self):
+        """How many more it may be asked; none beside a prompt that is asked alone."""
+        free = self.replica.engine.in_flight - len(self.under_way) - len(self.refused)
+        return 0 if self.alone else max(0, free)
+
+    def ask(self, hand, tray, now, limit):
+        hand.began = now
+        hand.put(tray)
         prompt = hand.prompt
         self.replica.client.ask("POST", prompt.url, prompt.body, limit, functools.partial(self.answered, hand))
 
     def answered(self, hand, outcome):
         self.came.append((hand, outcome))
         self.turn.set()
+
+    def note_broken(self, hand, since):
+        """Its answer broke off just now; what broke before `since` was not its engine's end."""
+        self.broken = {other: broke for other, broke in self.broken.items() if broke > since and other is not hand}
+        self.broken[hand] = clock()
 
     def look_again(self, delay_s):
         """Wake the pump after a while, once."""
@@ -4575,7 +4592,7 @@ class Pump:
         self.waiting = {}  # trays, key → InHand: to be asked once more as soon as there is room,
         self.resting = {}  # when its time has come,
         self.suspects = {}  # or alone: two engines died with it under way
-        self.desks = {}  # replica → its desk, with the tray of what is under way there
+        self.desks = {}  # replica → its desk, with trays of its own
         self.exhausted = self.draining = False
         self.over = asyncio.Event()  # nothing is left to ask or to wait for, not even for an engine that starts
         self.first_sent = None
@@ -4603,7 +4620,8 @@ class Pump:
 
     @property
     def trays(self):
-        return [self.waiting, self.resting, self.suspects] + [desk.under_way for desk in self.desks.values()]
+        return [self.waiting, self.resting, self.suspects, *(
+            tray for desk in self.desks.values() for tray in desk.trays)]
 
     @property
     def finished(self):
@@ -4629,9 +4647,8 @@ class Pump:
                         return None
                     await replica.recover(error)
         except ClusterError:  # it dies again and again, or its node was lost: the others ask what was kept for it
-            for hand in list(self.suspects.values()):
-                hand.put(self.waiting)
-            self.wake_all()
+            for hand in [*self.suspects.values(), *desk.alone.values()]:
+                self.put_back(hand)
             raise
 
     def time_left(self):
@@ -4654,14 +4671,14 @@ class Pump:
             self.drain()
         if self.held():
             return desk.look_again(self.REST_S)
-        alone = bool(self.suspects) and not desk.under_way
+        alone = self.suspects and not any(desk.trays)
         taken = [next(iter(self.suspects.values()))] if alone else self.take(desk.room)
         now = clock()
         limit = now + self.time_left()
         if taken and not self.first_sent:
             self.first_sent = now
         for hand in taken:
-            desk.ask(hand, alone, now, limit)
+            desk.ask(hand, desk.alone if alone else desk.under_way, now, limit)
 
     def take(self, room):
         """Up to so many prompts to ask now, those first that are to be asked once more."""
@@ -4680,38 +4697,42 @@ class Pump:
     def settle_all(self, desk):
         results = []
         for hand, outcome, reply in [(hand, outcome, reply_of(outcome)) for hand, outcome in desk.take()]:
+            broken = not reply[0]
+            if broken:
+                desk.note_broken(hand, clock() - self.DEATH_NOTICE_S)
+            elif desk.broken:
+                desk.broken.pop(hand, None)
             if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
-                hand.began = 0.0
-                self.after(self.REST_S, desk, hand, self.put_back)
-                continue
-            hand.broke = (desk, clock()) if isinstance(outcome, WireError) else (None, 0.0)
-            if hand.alone and hand.broke[0]:  # did the engine die of it? Nothing else is asked until that is known
-                self.after(self.DEATH_NOTICE_S, desk, hand, lambda hand, reply=reply: self.settle(desk, hand, reply))
-                continue
-            result = self.settle(desk, hand, reply)
-            if result:
-                results.append(result)
+                hand.put(desk.refused)
+                self.after(self.REST_S, hand, self.put_back)
+            elif broken and hand.tray is desk.alone:  # did the engine die of it? It is alone until that is known
+                self.after(self.DEATH_NOTICE_S, hand, lambda hand, reply=reply: self.settle(desk, hand, reply))
+            else:
+                results.append(self.settle(desk, hand, reply))
+        results = list(filter(None, results))
         if results:
             self.finish(results)
 
-    def after(self, delay_s, desk, hand, step):
-        """Take a step with a prompt that has kept its place at the desk for so long."""
+    def after(self, delay_s, hand, step):
+        """Take a step with a prompt when it has lain in its tray for so long."""
         def now():
-            if hand.tray is desk.under_way:
-                result = step(hand)
-                if result:
-                    self.finish([result])
-                self.wake_all()
+            result = step(hand)
+            if result:
+                self.finish([result])
+            self.wake_all()
         hand.timer = asyncio.get_running_loop().call_later(delay_s, now)
 
     def leave(self, desk):
-        """What is under way goes back: its replica failed, or the run is stopping, and it was not answered."""
+        """What is under way goes back: its replica failed, or the run is stopping, and it was not answered. What was
+        asked alone stays, no longer to be settled by its timer but by `blame`."""
         self.settle_all(desk)
         since = clock() - self.DEATH_NOTICE_S
-        desk.victims = [hand for tray in self.trays for hand in tray.values() if (
-            hand.began if tray is desk.under_way else hand.broke[0] is desk and hand.broke[1] > since)]
-        for hand in list(desk.under_way.values()):
+        broken = [hand for hand, broke in desk.broken.items() if broke > since]
+        desk.accused = list(dict.fromkeys([*desk.under_way.values(), *broken]))
+        for hand in [*desk.under_way.values(), *desk.refused.values()]:
             self.put_back(hand)
+        for hand in list(desk.alone.values()):
+            hand.put(desk.alone)
         self.wake_all()
 
     def wake_all(self):
@@ -4721,8 +4742,8 @@ class Pump:
             self.over.set()
 
     def put_back(self, hand):
-        """To be asked again by whoever has room, a suspect by whoever has nothing else; or by another life."""
-        hand.put(None if self.draining else self.suspects if hand.alone else self.waiting)
+        """To be asked again by whoever has room, or by another life."""
+        hand.put(None if self.draining else self.waiting)
         self.wake_all()
 
     def settle(self, desk, hand, reply):
@@ -4749,7 +4770,7 @@ class Pump:
         if self.draining:
             return self.put_back(hand)
         hand.put(self.resting)
-        hand.timer = asyncio.get_running_loop().call_later(delay_s, self.put_back, hand)
+        return self.after(delay_s, hand, self.put_back)
 
     def drain(self):
         """Let the prompts under way finish; take no new ones, and none once more."""
@@ -4761,14 +4782,14 @@ class Pump:
 
     def blame(self, desk):
         """An engine died. What was under way in two such deaths is asked alone, which tells the one from the others."""
-        for hand in desk.victims:
+        for hand in list(desk.alone.values()):
+            hand.attempts += 1
+            desk.replica.forgive()
+            self.finish([self.conclude(desk, hand, no_reply(
+                "engine_died", "in flight when the engine died, also when it was asked alone"))])
+        for hand in desk.accused:
             hand.deaths += 1
-            if hand.alone and hand.tray is not None:
-                hand.attempts += 1
-                desk.replica.forgive()
-                self.finish([self.conclude(desk, hand, no_reply(
-                    "engine_died", "in flight when the engine died, also when it was asked alone"))])
-            elif hand.deaths >= 2 and (hand.tray is self.waiting or hand.tray is self.resting):
+            if hand.deaths >= 2 and (hand.tray is self.waiting or hand.tray is self.resting):
                 hand.put(self.suspects)
 
 
@@ -5055,7 +5076,7 @@ def supervise(live_once):
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             return os.WEXITSTATUS(status)
-        log(f"the driver was killed by {signal.Signals(os.WTERMSIG(status)).name}")
+        log(f"the driver was killed by {signal_name(os.WTERMSIG(status))}")
         if set(told) - {signal.SIGUSR1}:
             return WORK_LEFT
 
