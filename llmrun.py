@@ -1220,6 +1220,11 @@ class Job(NamedTuple):
     killed_by: str = ""  # the signal that its batch process died of
 
 
+def has_nodes(job):
+    """Whether a job may have a process on its nodes, as far as Slurm has said."""
+    return job is not None and job.state not in ENDED_STATES and job.state not in WAITING_STATES
+
+
 class Partition(NamedTuple):
     name: str
     is_default: bool
@@ -1235,6 +1240,7 @@ PENDING_WORDS = {
     "Dependency": "waiting for another job",
     "DependencyNeverSatisfied": "waits for a job that failed: it can never start",
     "JobHeldUser": "held: `scontrol release` lets it go", "JobHeldAdmin": "held by an administrator",
+    "job requeued in held state": "requeued and held: `scontrol release` lets it go",
     "PartitionTimeLimit": "asks for more time than its partition allows: it can never start",
     "PartitionNodeLimit": "asks for more nodes than its partition has: it can never start",
     "PartitionConfig": "asks for what its partition does not allow: it can never start",
@@ -1244,8 +1250,12 @@ PENDING_WORDS = {
     "QOSMaxJobsPerUserLimit": "waiting until fewer of your jobs run",
     "AssocGrpGRES": "the account's GPUs are all in use",
     "QOSMaxGRESPerUser": "waiting until your jobs use fewer GPUs", "Reservation": "waiting for its reservation"}
+# All states that squeue shows (of 22.05 to 26.05) but for those of a job that runs or is ending; a flag hides its base.
+WAITING_STATES = {"PENDING": "", "REQUEUED": "", "REQUEUE_FED": "", "REQUEUE_HOLD": "JobHeldUser",
+                  "SPECIAL_EXIT": "JobHeldUser", "RESV_DEL_HOLD": "JobHeldAdmin"}  # and the reason that they imply
 ENDED_STATES = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE",
-                "OUT_OF_MEMORY", "GONE")
+                "OUT_OF_MEMORY", "REVOKED")
+STANDING_STATES = ("SUSPENDED", "STOPPED")
 
 ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out of memory: raise [slurm] mem",
            "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
@@ -1301,7 +1311,7 @@ class Slurm:
         if answer.returncode and "Invalid job id" not in answer.stderr:
             raise ClusterError("squeue", answer.stderr or f"exit code {answer.returncode}", "is Slurm up? try `sinfo`")
         rows = [Job(*line.split("|")) for line in answer.stdout.splitlines() if line.count("|") == 6]
-        if any(row.state == "PENDING" for row in rows):
+        if any(row.state in WAITING_STATES for row in rows):
             ahead = self.waiting_before()
             rows = [row._replace(ahead=ahead.get(int(row.job), 0)) for row in rows]
         rows = [row._replace(killed_by=self.death_of(row.job)) if row.state == "FAILED" else row for row in rows]
@@ -1491,7 +1501,7 @@ class Run:
         self.folder, self.disk = Path(folder), disk or Disk()
         self.claims = self.folder / "claims"
         self.ended = {}  # the events of lives that are over, which change no more
-        self.stop = self.folder / "stop"
+        self.stop_file = self.folder / "stop"
         self.script = self.folder / "llmrun.py"
         self.key_file = self.folder / "key"
         self.endpoint = self.folder / "endpoint.json"
@@ -1706,15 +1716,17 @@ VERDICTS = {DONE: "done", SOME_FAILED: "done", BAD_INPUT: "failed", CLUSTER_FAIL
 
 
 class LifeState:
-    """What the events of one life tell, and Slurm where they tell nothing more."""
+    """What the events of one life tell, and Slurm where they tell nothing more. One that another life of its job has
+    followed is over, whatever Slurm says of the job."""
 
-    def __init__(self, life, events, job):
-        self.life, self.events, self.job = life, events, job
+    def __init__(self, life, events, job, followed=False):
+        self.life, self.events, self.job, self.followed = life, events, job, followed
         self.phase, self.detail, self.lost, self.progress = "starting", "", [], {}
         for event in events:
             self.hear(event["event"], event)
         self.last_word = events[-1] if events[-1]["event"] == "end" else {}
-        self.ending = Ending.told_by(self.last_word) if self.last_word else self.silent_ending()
+        self.alive = not (self.last_word or followed) and is_alive(events[0], job)
+        self.ending = Ending.told_by(self.last_word) if self.last_word else None if self.alive else self.death()
         counts = {**self.progress, **self.last_word}
         self.own_failed = counts.get("own_failed", 0)
         self.answered = counts.get("answered", counts.get("answers", 0) - self.own_failed)
@@ -1735,18 +1747,21 @@ class LifeState:
         elif name == "node_lost":
             self.lost.append(f"{event['node']}: {event['why']}")
 
-    def silent_ending(self):
-        """A driver that says nothing of its end was killed. None while it lives, or Slurm has yet to see that."""
-        job = self.job
-        if is_alive(self.events[0], job):
-            self.phase = "suspended" if job and job.state == "SUSPENDED" else self.phase
+    def death(self):
+        """How a driver ended that says nothing of it: it was killed. None while Slurm has yet to see that."""
+        if has_nodes(self.job) and not self.followed:
             return None
-        if job and job.state not in (*ENDED_STATES, "PENDING"):
-            self.phase = "stopping"
-            return None
-        by = job and (ENDINGS.get(job.state) or job.killed_by and f"by {job.killed_by}")
+        job, goes_on = self.job, self.followed or self.job and self.job.state in WAITING_STATES
+        by = job and not goes_on and (ENDINGS.get(job.state) or job.killed_by and f"by {job.killed_by}")
         return Ending(CLUSTER_FAILED, f"the driver was killed{f' ({by})' if by else ''}; finished prompts are kept",
-                      REQUEUED if job and job.state == "PENDING" else NOBODY)
+                      REQUEUED if goes_on else NOBODY)
+
+    @property
+    def word(self):
+        """What it is at, as long as it has not ended."""
+        if not self.alive:
+            return "stopping"
+        return "suspended" if self.job and self.job.state in STANDING_STATES else self.phase
 
     @property
     def began(self):
@@ -1774,7 +1789,9 @@ class LifeState:
 def state_of(run, jobs):
     """Where a run stands, as one dictionary: from its own files, and from what Slurm says of its jobs."""
     submits, total = run.submits(), shape_of(run.folder)
-    lives = [LifeState(life, run.events(life), jobs.get(life.job)) for life in run.lives()]
+    began = run.lives()
+    last = {life.job: life for life in began}
+    lives = [LifeState(life, run.events(life), jobs.get(life.job), life.job and life != last[life.job]) for life in began]
     job = next(reversed([*submits] or [life.life.job for life in lives] or [0]))
     state = {"run": run.name, "folder": str(run.folder), "job": job, "state": "new", "detail": "",
              "done": min(total, sum(life.answered for life in lives)), "failed": sum(life.own_failed for life in lives),
@@ -1794,7 +1811,7 @@ def state_of_going(going, state):
     shown = next((life for life in going if life.phase == "answering"), going[0])
     rate = sum(life.per_second("answers") for life in going)
     left = state["total"] - state["done"] - state["failed"]
-    return {"state": shown.phase, "detail": shown.detail, "jobs": len(going),
+    return {"state": shown.word, "detail": shown.detail, "jobs": len(going),
             "nodes": [node for life in going for node in life.events[0]["nodes"]],
             "tokens_per_s": round(sum(life.per_second("tokens") for life in going), 1),
             "left_s": round(left / rate) if rate else None}
@@ -1803,7 +1820,7 @@ def state_of_going(going, state):
 def state_of_stopped(lives, submits, jobs):
     """A run with work left and no life: a job of it waits, or soon will; else the last word of those that ended."""
     latest = {life.life.job: life for life in lives}
-    waiting = [job for number, job in jobs.items() if job.state in ("PENDING", "REQUEUED")
+    waiting = [job for number, job in jobs.items() if job.state in WAITING_STATES
                and (latest[number].ending.next if number in latest else number in submits)]
     if waiting:
         return {"state": "pending", "detail": pending_words(waiting[0])}
@@ -1842,14 +1859,16 @@ def state_before_start(run, job_id, job):
         said = log_tail(run.job_output(job_id))
         why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
         return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
-    if job.state == "PENDING":
+    if job.state in WAITING_STATES:
         return {"state": "pending", "detail": pending_words(job)}
-    return {"state": "starting", "detail": job.nodes}
+    making_ready = ": the nodes are being made ready" if job.state == "CONFIGURING" else ""
+    return {"state": "starting", "detail": job.nodes + making_ready}
 
 
 def pending_words(job):
     expected = time.strftime("%a %H:%M", time.localtime(int(job.start))) if job.start.isdigit() else ""
-    return (PENDING_WORDS.get(job.reason, job.reason)
+    reason = WAITING_STATES[job.state] or job.reason
+    return (PENDING_WORDS.get(reason, reason)
             + (f"; {job.ahead} waiting jobs come before it" if job.ahead else "")
             + (f"; expected to start {expected}" if expected else ""))
 
@@ -1858,7 +1877,7 @@ def is_alive(start, job):
     """Whether the driver of a life still runs: seen from its own host, or by Slurm from any other."""
     if start["host"] == socket.gethostname():
         return start["born"] == process_birth(start["pid"])
-    return job is not None and job.state not in ENDED_STATES
+    return has_nodes(job)
 
 
 def state_watch(run, slurm):
@@ -4953,8 +4972,8 @@ class Stop(NamedTuple):
     go_on: bool = False  # by another life of this job, or another job
     without: Tuple[str, ...] = ()  # nodes that it should not be given again
 
-    def ending(self, more="", next=NOBODY, job=0):
-        """The ending that it leads to, with more words for the user; who leaves the rest to somebody has not failed."""
+    def leads_to(self, next=NOBODY, job=0, more=""):
+        """The ending with that, and more words for the user; where somebody goes on, nothing has failed."""
         return Ending(self.code if next == NOBODY else WORK_LEFT, "; ".join(filter(None, [self.why, more])), next, job)
 
 
@@ -4964,7 +4983,7 @@ class Orders:
     EARLY_S = 90.0  # Slurm's warning comes up to half a minute sooner than asked for
 
     def __init__(self, driver, work):
-        self.driver, self.work, self.tell, self.ends_at = driver, work, driver.tell, driver.allocation.ends_at
+        self.driver, self.work, self.tell = driver, work, driver.tell
         self.task, self.loop = asyncio.current_task(), asyncio.get_running_loop()
         self.nodes, self.stopped, self.asking = [], None, None
         self.drained = Stop(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
@@ -4986,8 +5005,8 @@ class Orders:
 
     def on_warning(self):
         """USR1: Slurm's word that time is short, which we know already, or a user's that running prompts may finish."""
-        told_to_stop = self.driver.run.stop.exists()
-        if told_to_stop or not self.ends_at - clock() < self.driver.config.slurm.grace + self.EARLY_S:
+        told_to_stop = self.driver.run.stop_file.exists()
+        if told_to_stop or not self.driver.ends_at - clock() < self.driver.config.slurm.grace + self.EARLY_S:
             self.tell("draining")
             self.drain(Stop(WORK_LEFT, "told to finish what is under way (SIGUSR1)", not told_to_stop))
 
@@ -5021,8 +5040,8 @@ class Orders:
     async def look_at_the_end(self):
         """A job that was suspended ends so much later."""
         if self.driver.allocation.job:
-            self.ends_at = end_of_job({}, await self.detail())
-            self.work.until(self.ends_at)
+            self.driver.ends_at = end_of_job({}, await self.detail())
+            self.work.until(self.driver.ends_at)
 
     async def detail(self):
         return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.driver.allocation.job)
@@ -5042,7 +5061,7 @@ async def tending(work, orders):
             if await stalled(work.TEND_S):  # suspended, maybe
                 await orders.look_at_the_end()
             work.tend()
-            if clock() > orders.ends_at - LAST_MOMENTS_S:
+            if clock() > orders.driver.ends_at - LAST_MOMENTS_S:
                 orders.time_is_up()
             elif not work.started and work.finished:
                 orders.stop(Stop(DONE, "the other jobs have answered all"))
@@ -5081,12 +5100,54 @@ def supervise(live_once):
             return WORK_LEFT
 
 
-class Prompts:
-    """The work of a run that has prompts: from the input through claims and pump into the journal, and the results.
+class Work:
+    """What a life is for, as its driver knows it. Prompts are one kind; to serve until it is stopped is another."""
 
-    A life may be for other work, such as to serve until it is stopped: `drive` asks for no more than stands here.
-    `begin` makes it; `finished` says that nothing is left to do, `started` that something is under way that a drain
-    can wait for."""
+    name = ""  # as the life's first event tells it
+    TEND_S = 2.0
+    finished = False  # nothing is left to do, for this life or any other
+    started = False  # something is under way that `drain` can let finish
+
+    @classmethod
+    def begin(cls, driver):
+        """The work of a life that begins; an error where it cannot be done."""
+        return cls()
+
+    async def do(self, pairs, ends_at):
+        """Do it with these (replica, task of its start) pairs until it is finished or drained."""
+        raise NotImplementedError
+
+    def drain(self):
+        """Let what is under way finish, and begin nothing new."""
+
+    def tend(self):
+        """What is to be done every TEND_S seconds."""
+
+    def until(self, ends_at):
+        """The job's end has moved."""
+
+    def close(self, patience_s):
+        """Make whole what is on disk; an OSError where that cannot be, even patiently."""
+
+    def with_others(self):
+        """Whether all that is left is being done by other lives."""
+        return False
+
+    def verdict(self):
+        """The ending of a life when it is finished."""
+        return Ending(DONE)
+
+    def save(self, ending):
+        """Write what users read, when nobody goes on; False if another life has done so."""
+        return True
+
+    def counts(self):
+        """What the life's last event tells beside its ending."""
+        return {}
+
+
+class Prompts(Work):
+    """The work of a run that has prompts: from the input through claims and pump into the journal, and the results."""
 
     name = "prompts"
     TEND_S = Claims.LOOK_S
@@ -5183,26 +5244,25 @@ class Prompts:
         self.claims.marks = patiently("cannot read the journals", lambda: Marks(self.run, prompts), patience_s)
 
     def with_others(self):
-        """Whether all that is left is being done by other lives."""
         return self.claims.all_with_others()
 
-    def ending(self):
-        """How a life ends when nothing is left to do."""
+    def verdict(self):
         nothing_said = self.tally.answers and self.tally.empty == self.tally.answers
         failed = nothing_said or self.claims.marks.count(Marks.FAILED)
         return Ending(SOME_FAILED if failed else DONE, self.tally.doubt())
 
     def save(self, ending):
-        """Write the results and the counts, if no other driver has just done so."""
+        """Write the results and the counts; False if another driver has just done so."""
         found = {"exit_code": ending.code, "why": ending.why, "answered": self.claims.marks.count(Marks.DONE),
                  "failed": self.claims.marks.count(Marks.FAILED)}
         with contextlib.suppress(OSError, ValueError):
             if self.finished and json.loads(self.run.summary.read_text()).items() >= found.items():
-                return
+                return False
         folder = write_results(self.run, self.config, self.claims.marks)
         tokens = sum(self.run.progress(life).get("tokens", 0) for life in self.run.lives())
         summary = {**found, "completion_tokens": tokens, "results": str(folder)}
         write_file(self.run.summary, json.dumps(summary, indent=1) + "\n")
+        return True
 
     def counts(self):
         marks, tally = self.claims.marks, self.tally
@@ -5241,7 +5301,7 @@ def drive(run, allocation, shape=0, work=Prompts, **wishes):
         stop = stop_of(error, run)
     for late in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(late, signal.SIG_IGN)  # signals come twice; what is left is quick and must be whole
-    ending = driver.finish(begun, stop) if begun else stop.ending()
+    ending = driver.finish(begun, stop) if begun else stop.leads_to()
     tell("end", **ending._asdict(), **(begun.counts() if begun else {}))
     return ending.code
 
@@ -5264,7 +5324,7 @@ class Driver:
 
     def __init__(self, run, config, shape, life, allocation, tell):
         self.run, self.config, self.shape, self.life = run, config, shape, life
-        self.allocation, self.tell = allocation, tell
+        self.allocation, self.tell, self.ends_at = allocation, tell, allocation.ends_at
 
     async def live(self, work):
         """The story of a job: agents, engine, the work, and back. Why it stopped, where the work is not finished."""
@@ -5293,7 +5353,7 @@ class Driver:
                 engine = ENGINES[config.engine.name](config, run, self.life, size)
                 groups = split_groups(nodes, size)
                 async with replicas(engine, groups, told) as pairs, endpoint(run), tending(work, orders):
-                    await work.do(pairs, orders.ends_at)
+                    await work.do(pairs, self.ends_at)
         except asyncio.CancelledError:
             return orders.stopped
         except ClusterError as error:
@@ -5302,7 +5362,7 @@ class Driver:
             if not isinstance(error, NodeLost):
                 raise
             return Stop(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
-        return orders.drained
+        return Stop(DONE) if work.finished else orders.drained
 
     def agent_command(self, name):
         allocation = self.allocation
@@ -5327,14 +5387,14 @@ class Driver:
     def finish(self, work, stop):
         """Make whole what is on disk, see that somebody goes on with what is left, else write what users read."""
         told = stop.code not in (DONE, CLUSTER_FAILED)
-        patience_s = 0.0 if told else min(300.0, self.allocation.ends_at - clock() - LAST_MOMENTS_S)
+        patience_s = 0.0 if told else min(300.0, self.ends_at - clock() - LAST_MOMENTS_S)
         try:
             work.close(patience_s)
-            ending = work.ending() if work.finished else self.go_on(work, stop)
+            ending = work.verdict() if work.finished else self.hand_over(work, stop)
             if ending.next == NOBODY:
-                patiently("cannot write the results", lambda: work.save(ending), patience_s)
-            if work.finished:
-                self.cancel_waiting()
+                first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
+                if first and work.finished:
+                    self.cancel_waiting()
             return ending
         except OSError as error:
             return Ending(CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; "
@@ -5346,32 +5406,32 @@ class Driver:
             with contextlib.suppress(ClusterError):
                 Slurm(os.environ).cancel(" ".join(map(str, self.run.submitted())), "--state=PENDING")
 
-    def go_on(self, work, stop):
+    def hand_over(self, work, stop):
         """See that somebody does what is left, where that is wanted and can be had; the ending with that."""
         resume = f"`python llmrun.py resume {self.run.name}` goes on"
-        if self.run.stop.exists():
-            return stop.ending()
+        if self.run.stop_file.exists():
+            return stop.leads_to()
         if not self.submit_runs_job_sh:
-            return stop.ending(resume if stop.go_on else "")
+            return stop.leads_to(more=resume if stop.go_on else "")
         if stop.code == WORK_LEFT and not stop.go_on:  # by TERM, which does not say why
             detail = Slurm(os.environ).detail(self.allocation.job)
-            if was_requeued(detail, self.allocation):
+            if was_requeued(detail, self.allocation.restart):
                 return Ending(WORK_LEFT, "Slurm took its nodes for another job", REQUEUED)
-            stop = what_term_meant(detail, self.allocation)
+            stop = what_term_meant(detail, self.ends_at)
         if not stop.go_on:
-            return stop.ending()
+            return stop.leads_to()
         if work.with_others():
-            return stop.ending("the other jobs do the rest", OTHERS)
+            return stop.leads_to(OTHERS, more="the other jobs do the rest")
         if not self.config.slurm.requeue:
-            return stop.ending(f"[slurm] requeue is off: {resume}")
+            return stop.leads_to(more=f"[slurm] requeue is off: {resume}")
         if self.fruitless() >= MAX_FRUITLESS:
-            return stop.ending(f"{MAX_FRUITLESS} starts in a row answered nothing, so this was the last")
+            return stop.leads_to(more=f"{MAX_FRUITLESS} starts in a row answered nothing, so this was the last")
         refused = "" if stop.without else Slurm(os.environ).requeue(self.allocation.job)
         if not (stop.without or refused):  # a requeue cannot leave nodes out
-            return stop.ending(next=REQUEUED)
-        return self.hand_on(stop, refused, resume)
+            return stop.leads_to(REQUEUED)
+        return self.submit_successor(stop, refused, resume)
 
-    def hand_on(self, stop, refused, resume):
+    def submit_successor(self, stop, refused, resume):
         """The ending with another job submitted, or with the reason why that could not be, either."""
         slurm = self.config.slurm
         without = sorted({*self.submit.get("without", ()), *stop.without, *expand_hostlist(slurm.exclude)})
@@ -5384,8 +5444,8 @@ class Driver:
                 failed = f"{refused or 'a new job was refused'} ({error.what})"
                 continue
             self.run.record_submit(job, shape=self.shape, after=self.life, without=excluded)
-            return stop.ending(f"Slurm would not requeue it ({refused})" if refused else "", SUCCESSOR, job)
-        return stop.ending(f"{failed}: {resume}")
+            return stop.leads_to(SUCCESSOR, job, f"Slurm would not requeue it ({refused})" if refused else "")
+        return stop.leads_to(more=f"{failed}: {resume}")
 
     def fruitless(self):
         """How many lives in a row bore no fruit, up to this one, of this job and of those that it goes on for."""
@@ -5401,18 +5461,18 @@ class Driver:
             life = Life(*after)
 
 
-def was_requeued(detail, allocation):
+def was_requeued(detail, restart):
     """Whether Slurm itself put the job back, as it does with one that it preempts."""
     restarts = re.search(r"\bRestarts=(\d+)", detail)
-    return bool(restarts) and int(restarts.group(1)) > allocation.restart
+    return bool(restarts) and int(restarts.group(1)) > restart
 
 
-def what_term_meant(detail, allocation):
+def what_term_meant(detail, ends_at):
     """Why Slurm ended a job by TERM. Meanwhile its state is only COMPLETING; who ended it shows in its preemption and
     its time (seen on 22.05)."""
     if re.search(r"\bPreemptTime=\d", detail):
         return Stop(WORK_LEFT, PREEMPTED, go_on=True)
-    if clock() > allocation.ends_at:
+    if clock() > ends_at:
         return Stop(WORK_LEFT, "the time limit came", go_on=True)
     return Stop(WORK_LEFT, "cancelled (SIGTERM)")
 
@@ -5648,7 +5708,7 @@ def join(args, run, failed_again=False, alone=True):
         shape, options = shape + 1, []
         freeze_shape(run, shape, config, script_for(config, run, shape, failed_again))
     with contextlib.suppress(FileNotFoundError):
-        run.stop.unlink()
+        run.stop_file.unlink()
     if not shutil.which("sbatch") or not run.submitted():
         return run_here(run, shape, args.json)
     slurm = Slurm(os.environ)
@@ -5897,7 +5957,7 @@ def command_cancel(args):
     starts = [run.events(life)[0] for life in run.lives()]
     stopped = [start["pid"] for start in starts if not start["job"] and is_alive(start, None)]
     if going or stopped:
-        write_file(run.stop, "")  # before any signal: what ends now is not to go on by itself
+        write_file(run.stop_file, "")  # before any signal: what ends now is not to go on by itself
     for job, state in going.items():
         slurm.cancel(job, *["--batch", "--signal=USR1"] * (args.drain and state == "RUNNING"))
     for pid in stopped:

@@ -654,7 +654,8 @@ class Driver:
     async def live(self):
         async def end_stays():
             pass
-        orders = types.SimpleNamespace(ends_at=float("inf"), look_at_the_end=end_stays, stop=lambda stop: self.drain())
+        driver = types.SimpleNamespace(ends_at=float("inf"))
+        orders = types.SimpleNamespace(driver=driver, look_at_the_end=end_stays, stop=lambda stop: self.drain())
         self.claims.LOOK_S *= self.hurry
         self.work.TEND_S = self.claims.LOOK_S
         async with llmrun.tending(self.work, orders):
@@ -705,7 +706,7 @@ class Driver:
         self.claims.settle(key, ok)
 
     def finish(self):
-        allocation = types.SimpleNamespace(job=self.life.job, submitted=0)
+        allocation = types.SimpleNamespace(job=self.life.job, submitted=0, ends_at=float("inf"))
         driver = llmrun.Driver(self.run, None, 0, self.life, allocation, self.tell)
         ending = driver.finish(self.work, llmrun.Stop(llmrun.WORK_LEFT))
         self.closed = ending.code != llmrun.CLUSTER_FAILED

@@ -15,15 +15,8 @@ import llmrun
 llmrun.LAST_MOMENTS_S = 1.0
 
 
-class UntilStopped:
-    name, TEND_S, finished = "until stopped", 0.1, False
-
-    @classmethod
-    def begin(cls, driver):
-        return cls()
-
-    def __init__(self):
-        self.started, self.drained = False, None
+class UntilStopped(llmrun.Work):
+    name, drained = "until stopped", None
 
     async def do(self, pairs, ends_at):
         self.drained = asyncio.Event()
@@ -33,13 +26,6 @@ class UntilStopped:
 
     def drain(self):
         self.drained.set()
-
-    def nothing(self, *about):
-        pass
-    until = tend = close = save = with_others = nothing
-
-    def counts(self):
-        return {}
 
 
 run = llmrun.Run(sys.argv[1])
@@ -72,9 +58,9 @@ def test_a_server_goes_on_through_more_time_slots_than_may_be_fruitless(site_on)
     assert {(end["code"], end["next"]) for end in site.ends()} == {(4, "requeued")}
     assert site.status()["state"] in ("pending", "starting", "starting the engine", "loading the model", "answering", "finishing",
                                       "tearing down")
-    site.llmrun("cancel")
+    site.llmrun("cancel")  # while it serves, or waits in the queue for its next life
+    wait_for("the end", lambda: site.status()["exit_code"] == 4)
     site.assert_nothing_left(10)
-    wait_for("the last word", lambda: site.status()["exit_code"] == 4 and site.ends()[-1]["next"] == "")
 
 
 def life_with(run, restart, *events):
@@ -92,14 +78,15 @@ def test_a_server_that_never_was_ready_ends_after_three_lives(site):
     run = llmrun.make_run(llmrun.prepare(config, []))
     run.record_submit(7, shape=0)
     lives = [life_with(run, 0, "ready")] + [life_with(run, restart, "agents_up") for restart in (1, 2, 3)]
-    counts = [llmrun.Driver(run, None, 0, life, None, None).fruitless() for life in lives]
+    allocation = llmrun.Allocation(7, 0, ["n"], {}, llmrun.math.inf, False, 7)
+    counts = [llmrun.Driver(run, None, 0, life, allocation, None).fruitless() for life in lives]
     assert counts == [0, 1, 2, 3]
 
 
 def test_an_ending_is_read_back_as_it_was_told(site):
     run = llmrun.make_run(llmrun.prepare(site.config(engine={"name": "echo"}), []))
     life = life_with(run, 0)
-    ending = llmrun.Stop(llmrun.CLUSTER_FAILED, "the node was lost", True).ending("Slurm would not", llmrun.SUCCESSOR, 12)
+    ending = llmrun.Stop(llmrun.CLUSTER_FAILED, "the node was lost", True).leads_to(llmrun.SUCCESSOR, 12, "Slurm would not")
     assert ending == llmrun.Ending(llmrun.WORK_LEFT, "the node was lost; Slurm would not", "successor", 12)
     llmrun.Events(run, life).append("end", **ending._asdict())
     assert llmrun.LifeState(life, run.events(life), None).ending == ending
