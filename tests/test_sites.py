@@ -88,7 +88,8 @@ def test_the_controllers_own_warning_changes_nothing_for_who_knows_the_limit(sit
     site.llmrun("submit", "config.json")
     state = site.ended(timeout_s=200)
     before = site.ends()[:-1]
-    assert before and all(end["next"] == "requeued" and end["why"] == "the time limit came" for end in before)
+    assert before or REAL, "a real engine may be through within the minute, of which the warning leaves half"
+    assert all(end["next"] == "requeued" and end["why"] == "the time limit came" for end in before)
     assert all(line["llmrun"]["ok"] for line in site.journal()) and len(site.journal()) == state["total"], "nothing was cut off"
 
 

@@ -81,7 +81,7 @@ class FakeCluster:
         return {**kept, "SLURM_CONF": str(self.conf_path), "PATH": "%s:%s" % (self.folder / "bin", kept.get("PATH", ""))}
 
     # What another user's command lines begin with.
-    stranger = ["env", "FAKE_SLURM_UID=65534"]
+    stranger = ["env", "FAKE_SLURM_UID=65533"]
 
     def start(self, watched_pid=None):
         """watched_pid: the cluster ends when this process does; by default the caller, 0 for nobody."""
