@@ -22,6 +22,7 @@ def tracked(request, tmp_path, engine):
         site = Site(tmp_path / "home", cluster, engine)
         site.config()
         yield site
+        site.assert_answers()
 
 
 def test_scancel_leaves_nothing_on_either_kind_of_site(tracked):
