@@ -1791,7 +1791,8 @@ def state_of(run, jobs):
     submits, total = run.submits(), shape_of(run.folder)
     began = run.lives()
     last = {life.job: life for life in began}
-    lives = [LifeState(life, run.events(life), jobs.get(life.job), life.job and life != last[life.job]) for life in began]
+    lives = [LifeState(life, run.events(life), jobs.get(life.job), followed=life.job and life != last[life.job])
+             for life in began]
     job = next(reversed([*submits] or [life.life.job for life in lives] or [0]))
     state = {"run": run.name, "folder": str(run.folder), "job": job, "state": "new", "detail": "",
              "done": min(total, sum(life.answered for life in lives)), "failed": sum(life.own_failed for life in lives),
