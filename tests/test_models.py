@@ -49,3 +49,10 @@ def test_kv_heads_of_each_layer_may_differ(tmp_path):
             "a.attention.head_count": (4, 4), "a.attention.head_count_kv": (1, 0)}
     model = llmrun.model_from_keys(keys, 0, ("f.gguf",))
     assert model.kv_heads == (1, 0) and llmrun.kv_cache_bytes(model, 256, 1) == 256 * 32 * 2
+
+
+def test_a_split_model_weighs_what_all_its_parts_do(tmp_path):
+    for number in (1, 2, 3):
+        make_model(tmp_path / f"m-{number:05d}-of-00003.gguf")
+    model = llmrun.read_model(config_for(tmp_path / "m-00001-of-00003.gguf"))
+    assert len(model.files) == 3 and model.size_bytes == 3 * (tmp_path / "m-00001-of-00003.gguf").stat().st_size
