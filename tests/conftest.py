@@ -2,6 +2,7 @@
 who works there with nothing but llmrun.py in a folder."""
 
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ REAL = os.environ.get("LLMRUN_BENCH") == "real"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import llmrun  # noqa: E402
+from answers import check_run, questions  # noqa: E402
 
 TINY_MODEL = "tiny.gguf"
 SOME = 40 if REAL else 14  # prompts that take a few seconds
@@ -61,6 +63,11 @@ def engine(tmp_path_factory):
     return folder / "bin", folder / TINY_MODEL
 
 
+def was_closed(events):
+    """Whether a life came to its own end and told of no trouble with its disk."""
+    return '"event": "end"' in events and '"event": "journal_trouble"' not in events
+
+
 class Site:
     """A user's folder on a cluster: llmrun.py, a config, prompts."""
 
@@ -73,6 +80,7 @@ class Site:
             "name": "test", "slurm": {"nodes": 1, "time": "00:10:00"}, "model": {"path": str(self.model)},
             "engine": {"path": str(self.bin), "slots": 2, "context": 1024},
             "prompts": {"user": "prompts", "max_tokens": 16}, "environment": {"vars": {}}}
+        self.asked = {}  # a run → its config and its questions, as they were when it was looked at first
         self.write_prompts(6)
 
     def write_prompts(self, count):
@@ -81,7 +89,8 @@ class Site:
         for number in range(count):
             path = folder / f"part{number % 3}" / f"{number:03d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"Question {number}: what comes after {number}?\n")
+            marks = "?" * (number + 1 if REAL else 1)  # of a real engine only the length tells which prompt it saw
+            path.write_text(f"Question {number}: what comes after {number}{marks}\n")
 
     def config(self, **tables):
         """Write config.json: the basic one with these tables' keys put in."""
@@ -93,6 +102,10 @@ class Site:
         path = self.folder / "config.json"
         path.write_text(json.dumps(self.data))
         return path
+
+    def means(self, **tables):
+        """What a config that the test wrote itself says, where answers are held against their questions."""
+        self.data.update(tables)
 
     def slow(self, prompts=40):
         """Make all answers take a few seconds, so that there is a middle to do something in."""
@@ -107,6 +120,8 @@ class Site:
         self.output = done.stdout + done.stderr
         assert "Traceback" not in self.output, self.output
         assert done.returncode == code, f"{args}: exit code {done.returncode}\n{self.output}\n{self.job_output()}"
+        if code in (0, 1) and ("--wait" in args or args[0] == "run"):
+            self.assert_answers()
         return done.stdout if code == 0 else self.output
 
     def start(self, *args):
@@ -135,11 +150,21 @@ class Site:
         return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
 
     def journal(self):
-        """The results so far. A line that a full disk or a crash tore is none."""
-        lines = []
+        """The results so far. Only a life that lives, was killed or had trouble with its disk may leave a line
+        without its end, and only as the last of a segment."""
+        lines, closed = [], {path.name[:-6] for path in self.run.glob("events/*.jsonl") if was_closed(path.read_text())}
         for path in self.run.glob("journal/*.jsonl"):
-            lines += [json.loads(line) for line in path.read_text().split("\n")[:-1] if line.endswith("}}")]
+            *whole, torn = path.read_text().split("\n")
+            lines += map(json.loads, whole)
+            assert not torn or path.name.rsplit(".", 2)[0] not in closed, f"{path} ends in a torn line: {torn}"
         return lines
+
+    def assert_answers(self):
+        """Each answer that a run has kept, in whatever file, is the one to its own question."""
+        for run in self.runs():
+            if run not in self.asked:
+                self.asked[run] = copy.deepcopy(self.data), questions(self.folder, self.data)
+            check_run(run, self.folder, *self.asked[run], REAL)
 
     def events(self):
         paths = sorted(self.run.glob("events/*.jsonl"))
@@ -197,6 +222,8 @@ class Site:
             lines = (self.run / "results" / "results.jsonl").read_text().splitlines()
             names = [json.loads(line)["custom_id"] for line in lines]
             assert len(names) == len(set(names)) == len(self.results()) == state["total"] == state["done"]
+        self.journal()
+        self.assert_answers()
         return state
 
     def ends(self):
@@ -224,6 +251,7 @@ def site(tmp_path, cluster, engine):
         for submitted in run.glob("events/*.submit.json"):
             subprocess.run(["scancel", submitted.name.split(".")[0]], env=site.env)
     site.assert_nothing_left(20)
+    site.assert_answers()
 
 
 @pytest.fixture
@@ -254,6 +282,7 @@ def site_on(tmp_path, engine):
         try:
             subprocess.run(["scancel", "-u", "root"], env=site.env)
             site.assert_nothing_left(20)
+            site.assert_answers()
         finally:
             site.cluster.stop()
 
@@ -286,3 +315,4 @@ def here(tmp_path, engine):
     site.config()
     yield site
     site.assert_nothing_left(10)
+    site.assert_answers()

@@ -692,7 +692,7 @@ class Driver:
     def keep(self, number, ok):
         """As the driver does with a result."""
         key = self.world.rows.key(number)
-        body = b'{"by": "%s"}' % str(self.life).encode()
+        body = b'{"by": "%s", "to": %d}' % (str(self.life).encode(), number)
         status, error = 200 if ok else self.world.chance.choice([0, 400]), {"code": "died", "message": f"by {self.life}"}
         result = llmrun.Result(llmrun.Prompt(key, str(number), "", b""), status, body, {}, error, self.world.now, 1.0, 1, 0)
         self.added.append(llmrun.journal_line(result))
@@ -744,7 +744,8 @@ def by_the_rule(journals):
         for line in journals[name].split(b"\n")[:-1]:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                number, ok = int(record["custom_id"]), record["llmrun"]["ok"]
+                number, ok, answer = int(record["custom_id"]), record["llmrun"]["ok"], record["response"]
+                must(not answer or answer["body"]["to"] == number, f"the answer to another prompt stands beside {number}: {line!r}")
                 if number not in best or ok > best[number][0]:
                     best[number] = ok, line + b"\n"
     return {number: line for number, (ok, line) in best.items()}

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
+import llmrun
 import pytest
 from conftest import Site, wait_for
 from fake_slurm.cluster import FakeCluster
@@ -29,7 +31,8 @@ def test_scancel_leaves_nothing_on_either_kind_of_site(tracked):
     wait_for("an answer", lambda: tracked.runs() and tracked.journal())
     subprocess.run(["scancel", str(tracked.status()["job"])], env=tracked.env, check=True)
     tracked.assert_nothing_left(5)
-    assert tracked.status()["exit_code"] in (3, 4)
+    assert [(end["code"], end["why"], end["next"]) for end in tracked.ends()] == [(4, "cancelled (SIGTERM)", "")]
+    assert tracked.status()["exit_code"] == 4
     tracked.llmrun("results")
     assert len(tracked.results()) == len(tracked.journal()) > 0
 
@@ -42,6 +45,47 @@ def test_a_killed_driver_leaves_nothing_on_either_kind_of_site(tracked):
     tracked.kill_job()
     tracked.assert_nothing_left(8)
     wait_for("the verdict", lambda: tracked.status()["state"] == "killed")
+
+
+def test_signals_that_follow_the_first_change_nothing(site):
+    """Slurm's TERM may come twice, and others with it: in the middle of the teardown, and while results are written."""
+    engine, told, late, writing = (site.folder / name for name in ("engine/llama-server", "told", "late", "writing"))
+    engine.parent.mkdir()
+    engine.write_text(f"#!/bin/bash\ntrap 'echo told >> {told}; sleep 0.5; echo ended >> {told}; exit' TERM\n"
+                      f"{site.bin}/llama-server \"$@\" & wait $!; exit $?\n")
+    engine.chmod(0o755)
+    site.shim("scontrol", f"[ -e {late} ]", f"touch {writing}", "sleep 0.5")
+    site.slow()
+    site.config(engine={"path": str(engine)})
+    site.llmrun("submit", "config.json")
+    site.answering()
+    driver = next(event["pid"] for event in site.events() if event["event"] == "start")
+    late.touch()
+    os.kill(driver, signal.SIGTERM)
+    wait_for("the teardown", lambda: told.exists())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(driver, number)
+    wait_for("what follows it", lambda: writing.exists())
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        os.kill(driver, number)
+    state = site.ended(code=4)
+    assert [end["why"] for end in site.ends()] == ["cancelled (SIGTERM)"]
+    assert [event["why"] for event in site.events() if event["event"] == "stopping"] == ["told to end (SIGTERM)"]
+    assert "ended" in told.read_text().split(), "the engine was given its time"
+    assert len(site.results()) == state["done"] == len(site.journal()) >= 2, "and the results were written"
+
+
+def test_a_warning_that_leaves_time_for_more_prompts_ends_nothing(site):
+    """Slurm's word that the time limit comes is half a minute early; what can finish until then is still asked."""
+    site.slow(10)
+    site.config(environment={"setup": ["export SLURM_JOB_END_TIME=$(( $(date +%s) + 60 ))"]})
+    site.llmrun("submit", "config.json")
+    site.answering()
+    subprocess.run(["scancel", "-b", "-s", "USR1", str(site.status()["job"])], env=site.env, check=True)
+    end = site.wait_for_event("end")
+    assert (end["done"], end["code"], end["next"]) == (10, 0, "")
+    assert "draining" not in [event["event"] for event in site.events()]
+    site.ended()
 
 
 def test_noise_on_a_tasks_output_is_logged_and_does_no_harm(tmp_path, engine):
@@ -88,13 +132,25 @@ def test_an_interrupted_run_ends_with_130_and_keeps_what_is_finished(here):
     assert len(here.results()) == len(here.journal()) > 0
 
 
-def test_cancel_stops_a_run_that_is_here(here):
+def test_cancel_stops_a_run_that_is_here(here, monkeypatch):
     here.slow()
     running = here.start("run", "config.json")
     wait_for("an answer", lambda: here.runs() and here.journal())
     assert "stopped" in here.llmrun("cancel")
     running.communicate(timeout=20)
     assert running.returncode == 4
+    left = {f"part{number % 3}/{number:03d}.txt" for number in range(40)} - {line["custom_id"] for line in here.journal()}
+    assert left and set(asked_elsewhere(here.run, monkeypatch)) == left, "and who goes on waits for nothing"
+
+
+def asked_elsewhere(folder, monkeypatch):
+    """The prompts that a driver on another machine gets at once, while those under way there have no answers yet."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    run = llmrun.Run(folder)
+    prompts = llmrun.Input.load(run, run.config(), "m")
+    claims = llmrun.Claims(run, llmrun.Life(99, 0, 0), llmrun.Marks(run, prompts),
+                           llmrun.chunk_starts(len(prompts), run.config().slurm.jobs))
+    return [prompts.prompt(number).custom_id for number in iter(claims.next, llmrun.LATER)]
 
 
 @pytest.mark.parametrize("victim", ["drive", "agent"])
@@ -109,7 +165,7 @@ def test_a_kill_here_leaves_nothing_and_is_told(here, victim):
     output, _ = running.communicate(timeout=20)
     assert running.returncode == 3, output
     here.assert_nothing_left(5)
-    assert "killed" in output or "lost" in output
+    assert ("the driver was killed" if victim == "drive" else "the node was lost") in output
 
 
 def test_the_demo_needs_nothing_but_the_file(tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import os
+import urllib.error
+import urllib.request
 
 import pytest
+from conftest import wait_for
 from fakes.build import make_build, make_model
 
 
@@ -68,9 +71,24 @@ def test_the_engine_asks_for_the_runs_key(site):
     assert not [path for path in everything if key in path.read_text(errors="replace")], "the key stands in its file only"
 
 
-def test_a_key_file_is_never_empty(site):
+def test_nobody_gets_in_without_the_key_of_this_very_run(site):
+    """An engine whose key file is empty asks for none at all; one key for all runs would be everybody's."""
     site.llmrun("submit", "config.json", "--wait")
-    assert (site.run / "key").read_text().strip()
+    earlier = (site.run / "key").read_text().strip()
+    site.slow()
+    site.llmrun("submit", "config.json")
+    endpoint = json.loads(wait_for("the endpoint", lambda: (site.run / "endpoint.json").exists()
+                                   and (site.run / "endpoint.json").read_text()))
+
+    def asked(key):
+        request = urllib.request.Request(endpoint["url"] + "/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+        try:
+            return urllib.request.urlopen(request, timeout=10).status
+        except urllib.error.HTTPError as error:
+            return error.code
+    key = open(endpoint["key_file"]).read().strip()
+    assert [asked(one) for one in (None, "", "none", earlier, key)] == [401, 401, 401, 401, 200]
+    site.llmrun("cancel")
 
 
 def test_a_worker_cache_is_used_only_where_the_user_named_a_folder(site):
@@ -107,7 +125,8 @@ def test_an_engine_that_does_not_start_is_explained(site, variables, words):
 def test_a_worker_that_ends_while_the_model_loads_is_named(site):
     site.config(slurm={"nodes": 2}, environment={"vars": {"FAKE_LLAMA_LOAD_S": "3", "FAKE_RPC_DIE_AFTER_S": "1"}})
     said = site.llmrun("submit", "config.json", "--wait", code=3)
-    assert "rpc on node2" in said or "RPC worker" in said
+    for words in (said, site.status()["detail"]):
+        assert "rpc on node2: it crashed (was killed by SIGSEGV)" in words
 
 
 def test_a_full_context_is_a_failed_prompt_and_the_run_goes_on(site):
@@ -134,7 +153,6 @@ def test_the_endpoint_is_told_while_the_model_answers(site):
     site.slow()
     site.llmrun("submit", "config.json")
     site.wait_for_event("ready")
-    from conftest import wait_for
     wait_for("endpoint.json", lambda: (site.run / "endpoint.json").exists())
     endpoint = json.loads((site.run / "endpoint.json").read_text())
     assert endpoint["url"].startswith("http://127.0.0.1:") and os.path.exists(endpoint["key_file"])

@@ -16,6 +16,7 @@ import time
 import pytest
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "fakes"))
+import llama  # noqa: E402
 from build import make_build, make_model  # noqa: E402
 
 
@@ -301,6 +302,22 @@ def test_the_same_prompt_gets_the_same_answer_and_another_seed_another(start):
     used, times = first["usage"], first["timings"]
     assert used["total_tokens"] == used["prompt_tokens"] + used["completion_tokens"]
     assert times["predicted_n"] == used["completion_tokens"] and times["prompt_n"] == used["prompt_tokens"]
+
+
+def test_an_answer_tells_to_which_question_it_belongs(start):
+    """Whoever swaps two answers, or loses a part of a question, is seen by the first word, even of one token."""
+    server = start("-np", "2", "-c", "1024")
+    questions = [{}, {"seed": 1}, {"seed": 2}, {"temperature": 0}, {"model": "m"}, {"max_tokens": 1}, {"max_tokens": 2},
+                 {"messages": [{"role": "system", "content": "hello"}]},
+                 {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": "hello"}]},
+                 {"messages": [{"role": "user", "content": "be"}, {"role": "user", "content": "hello"}]}]
+    answers = []
+    for question in questions:
+        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, **question}
+        choice = exchange(server.connect(), "POST", "/v1/chat/completions", body, {})[1]["choices"][0]
+        answers.append(choice["message"]["content"])
+        assert answers[-1][:8] == llama.mark_of(body)[:len(answers[-1])] and len(answers[-1]) >= 4
+    assert len({answer[:4] for answer in answers}) == len(questions)
 
 
 def test_limits_end_an_answer_and_without_one_it_fills_the_context(start):

@@ -67,6 +67,16 @@ def lives(pid):
         return False
 
 
+def family(agent):
+    """The pids of a process that ignores TERM, of its child and of that one's child."""
+    path = agent.folder / "pids"
+    path.touch()
+    agent.start(1, "sh", "-c", f"trap '' TERM; echo $$ >> {path}; sh -c 'echo $$ >> {path}; sleep 100 & "
+                f"echo $! >> {path}; wait; sleep 100' & wait; sleep 100")
+    wait_for("three generations", lambda: path.read_text().count("\n") == 3)
+    return [int(pid) for pid in path.read_text().split()]
+
+
 def test_an_end_is_reported_with_code_and_last_lines(agent):
     agent.start(1, "sh", "-c", "echo one; echo two >&2; exit 5")
     ended = agent.heard("exit", "p")
@@ -85,10 +95,10 @@ def test_a_program_that_cannot_start_is_an_answer(agent):
 
 
 def test_the_end_of_the_driver_ends_everything_even_what_ignores_term(agent):
-    pid = agent.start(1, "sh", "-c", "trap '' TERM; sleep 100 & wait; sleep 100")["ok"]["pid"]
+    started = family(agent)
     agent.process.stdin.close()
     agent.process.wait(5)
-    wait_for("the process group to be gone", lambda: not lives(pid), 5)
+    wait_for("all three generations to be gone", lambda: not any(map(lives, started)), 5)
 
 
 def test_a_killed_agent_takes_its_process_along(agent):

@@ -236,6 +236,39 @@ def test_results_stand_in_input_order_and_errors_apart(three):
     assert [json.loads(line)["custom_id"] for line in (folder / "errors.jsonl").read_text().splitlines()] == ["b"]
 
 
+def test_whoever_reads_results_while_they_are_written_anew_sees_all_of_the_old_ones(tmp_path):
+    (tmp_path / "in.csv").write_text("id,q\n1,a\n2,b\n")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hi")
+    for user in ("in.csv", "texts"):
+        config = config_for(tmp_path, user, template="{q}")
+        run, prompts = frozen_input(tmp_path, config)
+        journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, text="old")) for number in range(len(prompts))))
+        folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+        opened = {path.name: path.open() for path in folder.iterdir()}
+        journal_of(run, "0.0.0", llmrun.journal_line(result(prompts, 0, text="new")))  # an earlier life's, which comes first
+        llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+        for name, file in opened.items():
+            with file:
+                assert "old" in file.read() and "new" in (folder / name).read_text(), name
+        assert len(opened) == len(list(folder.iterdir())) == 2
+
+
+def test_a_file_that_could_not_be_written_is_what_it_was(tmp_path):
+    path = tmp_path / "summary.json"
+    llmrun.write_file(path, "old")
+    with pytest.raises(OSError), llmrun.whole_file(path) as file:
+        file.write(b"half of the n")
+        file.flush()
+        assert path.read_text() == "old"
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with llmrun.whole_file(tmp_path / "new.json") as file:
+        file.write(b"{}")
+        assert not (tmp_path / "new.json").exists(), "there is no half of a file"
+    assert (tmp_path / "new.json").read_text() == "{}"
+
+
 def test_a_csv_comes_back_with_its_answers(tmp_path):
     (tmp_path / "in.csv").write_text('id,q\n1,"a, b"\n2,c\n')
     config = config_for(tmp_path, "in.csv", template="{q}")

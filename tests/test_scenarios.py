@@ -5,9 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
-from conftest import wait_for
+from conftest import REAL, wait_for
+from fakes.llama import mark_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -36,11 +36,19 @@ def test_one_node_runs_without_rpc(site):
     assert "--rpc" not in site.wait_for_event("engine_started")["command"]
 
 
-def test_the_system_prompt_and_params_reach_the_engine(site):
+def test_the_system_prompt_and_params_reach_the_engine_with_each_samples_own_seed(site):
+    """The fake engine's answers say with what they were asked; of the real one the count of tokens tells."""
     (site.folder / "system.txt").write_text("Be brief.")
-    site.config(prompts={"system": "system.txt", "params": {"seed": 7, "max_tokens": 3, "temperature": 0}})
+    site.config(prompts={"system": "system.txt", "samples": 2, "params": {"seed": 7, "max_tokens": 3, "temperature": 0}})
     site.llmrun("submit", "config.json", "--wait")
     assert all(line["response"]["body"]["usage"]["completion_tokens"] <= 3 for line in site.journal())
+    results = site.results()
+    assert len(results) == 12 and "part0/000.1.txt" in results and "part0/000.2.txt" in results
+    if not REAL:
+        question = {"model": site.model.name, "max_tokens": 3, "temperature": 0, "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Question 1: what comes after 1?\n"}]}
+        for sample, seed in (("1", 7), ("2", 8)):
+            assert results[f"part1/001.{sample}.txt"].startswith(mark_of({**question, "seed": seed}))
 
 
 def test_cancel_in_the_middle_leaves_the_finished_prompts_and_no_process(site):
@@ -54,7 +62,7 @@ def test_cancel_in_the_middle_leaves_the_finished_prompts_and_no_process(site):
     finished = len(site.journal())
     assert 3 <= finished < 40
     state = site.status()
-    assert state["state"] in ("stopped", "killed") and state["exit_code"] in (3, 4), state
+    assert (state["state"], state["exit_code"], state["detail"]) == ("stopped", 4, "cancelled (SIGTERM)"), state
     site.llmrun("results")
     assert len(site.results()) == finished
 
@@ -81,6 +89,7 @@ def test_a_new_user_gets_from_the_one_file_to_answers(site):
     text = (site.folder / "config.toml").read_text()
     text = text.replace("~/models/model.gguf", str(site.model)).replace("~/llama.cpp/build/bin", str(site.bin))
     (site.folder / "config.toml").write_text(text.replace("my-run", "first"))
+    site.means(prompts={"user": "prompts/user", "system": "prompts/system.txt", "max_tokens": 1024})
     assert "nodes     1" in site.llmrun("check")
     site.llmrun("submit", "config.toml", "--wait")
     assert "done" in site.llmrun("status")
@@ -171,7 +180,8 @@ def test_a_batch_file_goes_in_and_comes_out_in_that_format(site):
 
 def test_a_csv_comes_back_with_its_answers(site):
     (site.folder / "in.csv").write_text("word,language\nsea,German\n\"a, b\",French\n")
-    site.config(prompts={"user": "in.csv", "template": "Say {word} in {language}.", "id_column": "word"},
+    (site.folder / "system.txt").write_text("You speak {language}.")
+    site.config(prompts={"user": "in.csv", "template": "Say {word} in {language}.", "id_column": "word", "system": "system.txt"},
                 results={"columns": ["answer", "completion_tokens"]})
     site.llmrun("submit", "config.json", "--wait")
     text = (site.run / "results" / "in.csv").read_text()
@@ -246,6 +256,7 @@ def test_the_old_flat_config_runs_unchanged(site):
             "prompts_user_dir": "prompts", "nodes": 2, "ntasks": 2, "time": "00:05:00", "sbatch_script": "old.sbatch",
             "venv_dir": os.path.dirname(os.path.dirname(sys.executable))}
     (site.folder / "config.json").write_text(json.dumps(flat))
+    site.means(prompts={"user": "prompts", "system": "server.txt"}, results={"folder": "answers/*", "file_name": "result_{name}.txt"})
     said = site.llmrun("submit", "config.json", "--wait")
     assert "#SBATCH lines are kept" in said
     answers = list((site.folder / "answers").glob("result_??-??-????_??-??-??/result_*.txt"))
@@ -307,12 +318,40 @@ def test_run_in_too_small_an_allocation_says_so(site):
     assert "has 2 nodes and the config wants 3" in done.stdout
 
 
+def test_a_run_whose_job_slurm_has_forgotten_is_known_by_its_own_files(site):
+    """Minutes after a job's end squeue knows no such job, and says so as an error."""
+    site.llmrun("submit", "config.json", "--wait")
+    site.shim("squeue", '[[ "$*" == *-j* ]]', "echo 'slurm_load_jobs error: Invalid job id specified' >&2", "exit 1")
+    assert "done" in site.llmrun("status") and "is done" in site.llmrun("resume")
+    site.shim("squeue", '[[ "$*" == *-j* ]]', "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2", "exit 1")
+    assert "squeue" in site.llmrun("status", code=3) and "sinfo" in site.output
+
+
+def test_agents_are_steps_of_their_own_whatever_the_site_and_the_job_have_set(site):
+    """Variables of the job's would change what srun does, and so would a site's defaults for steps."""
+    site.shim("srun", f"env >> {site.folder}/environment; echo $* >> {site.folder}/words", ":")
+    leaks = ("SLURM_MEM_PER_CPU=1", "SLURM_NTASKS=7", "SLURM_STEP_TASKS_PER_NODE=3", "SRUN_DEBUG=3", "SBATCH_X=1", "PMI_RANK=1", "PMIX_RANK=0")
+    site.config(slurm={"nodes": 2}, engine={"name": "echo"}, environment={"setup": ["export " + " ".join(leaks)]})
+    site.llmrun("submit", "config.json", "--wait")
+    names = {line.partition("=")[0] for line in (site.folder / "environment").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SRUN_", "SBATCH_", "PMI"))} == {"SLURM_CONF", "SLURM_JOB_ID"}
+    steps = (site.folder / "words").read_text().splitlines()
+    assert len(steps) == 2
+    for step in steps:
+        words = step.split()
+        assert {"-N1", "-n1", "-w", "--mem=0",  # else a step takes all memory for itself, or waits for it
+                "--kill-on-bad-exit=0", "--wait=0", "--no-kill",  # else another task's end is this one's
+                "--export=ALL", "--mpi=none"} <= set(words[:words.index("agent")]), step
+
+
 def test_cancel_stops_a_run(site):
     site.slow()
     site.llmrun("submit", "config.json")
     wait_for("an answer", lambda: site.journal())
     assert "cancelled" in site.llmrun("cancel")
     site.assert_nothing_left(8)
+    state = site.status()
+    assert (state["state"], state["exit_code"]) == ("stopped", 4) and 0 < state["done"] < 40
 
 
 def test_a_pending_job_says_why_it_waits(site):
@@ -329,6 +368,8 @@ def test_a_pending_job_says_why_it_waits(site):
 
 def test_waiting_for_a_run_costs_no_time(site):
     """`--wait` follows the run's own files: the end is told when it is there, not at the next poll of Slurm."""
+    asked = site.folder / "asked"
+    site.shim("squeue", f"date +%s.%N >> {asked}", ":")
     site.llmrun("submit", "config.json", "--wait")
-    end = site.wait_for_event("end")["time"]
-    assert time.time() - end < 2
+    times = [float(line) for line in asked.read_text().split()]
+    assert times and max(times) < site.wait_for_event("end")["time"], "Slurm was asked, and not for the end"

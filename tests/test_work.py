@@ -97,9 +97,12 @@ def read(number):
     return llmrun.Prompt((0, number, 0), f"r{number}", llmrun.CHAT, json.dumps(body).encode())
 
 
-def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=60):
-    """Run `count` prompts through these engines; the results and how long it took."""
+def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=20):
+    """Run `count` prompts through these engines; the results and how long it took. Nothing may go wrong unseen."""
+    troubles = []
+
     async def work():
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: troubles.append(context))
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results, began = [], llmrun.clock()
         pump = llmrun.Pump(taken_from(range(count)), read, results.extend, began + ends_in if ends_in else llmrun.math.inf)
@@ -113,12 +116,24 @@ def pumped(count, *engines, ends_in=None, meanwhile=None, starts=None, limit_s=6
             for group in groups:
                 group.client.close()
                 group.engine.server.close()
+        assert_own_answers(results)
         return results, llmrun.clock() - began
-    return asyncio.run(asyncio.wait_for(work(), limit_s))
+    pumped = asyncio.run(asyncio.wait_for(work(), limit_s))
+    assert not troubles, troubles
+    return pumped
+
+
+def assert_own_answers(results):
+    """Each answer is the one to its own question, in what is written and in what is counted."""
+    for result in results:
+        if result.ok:
+            assert json.loads(result.body) == result.answer
+            assert llmrun.answer_of(result.answer)["answer"] == f"re: q{result.prompt.key[1]}", result
 
 
 def assert_each_once(results, count):
     assert sorted(result.prompt.key[1] for result in results) == list(range(count))
+    assert_own_answers(results)
 
 
 def test_a_few_prompts_more_than_slots_are_under_way_and_none_is_asked_twice():
@@ -287,6 +302,7 @@ def test_a_suspect_whose_node_is_lost_is_asked_by_another():
             group.client.close()
             group.engine.server.close()
         assert sorted(result.prompt.key[1] for result in results) == [0, 1, 2, 3, 4, 98, 99]
+        assert_own_answers(results)
     asyncio.run(asyncio.wait_for(work(), 20))
 
 
@@ -320,6 +336,20 @@ def test_draining_does_not_wait_for_those_to_be_asked_again():
         pump.drain()
     results, took = pumped(1000, engine, meanwhile=drain)
     assert took < 5 and all(result.ok for result in results)
+
+
+def test_what_was_to_be_asked_again_is_not_once_it_drains():
+    """Its time comes while others are still under way."""
+    engine = Engine(3, 0.5, faults=lambda number: answer("busy", 503) if number == 0 else None)
+
+    async def drain(pump, groups, results):
+        while len(engine.asked) < 5:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.1)
+        pump.drain()
+    results, took = pumped(1000, engine, meanwhile=drain)
+    assert len(engine.asked) == 6 and sorted(result.prompt.key[1] for result in results) == [1, 2, 3, 4, 5]
+    assert took < 3
 
 
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -487,7 +517,7 @@ def test_no_prompt_is_sent_while_results_cannot_be_written():
         assert not engine.asked
         held[0] = False
         await running
-        assert len(results) == 10
+        assert_each_once(results, 10)
         group.client.close()
         engine.server.close()
     asyncio.run(asyncio.wait_for(work(), 20))

@@ -1,8 +1,9 @@
 """Fakes of llama.cpp's `llama-server` and of its RPC worker, for tests.
 
 They keep the command lines, exit codes, log lines and HTTP habits of the real programs, and
-know nothing of models: an answer is an echo of the prompt, a token is four characters, and of
-a GGUF file only the header is read. `build.py` makes executables of them.
+know nothing of models: an answer is a digest of all that was asked (`mark_of`) and an echo of the
+prompt, so that a test can tell to which question it belongs; a token is four characters, and of a
+GGUF file only the header is read. `build.py` makes executables of them.
 
 Two ages: "new" is build 11434, "old" is the build that llama-cpp-python 0.3.16 carries. The
 flags of each stand in flags-new.txt and flags-old.txt, one a line as in --help.
@@ -824,13 +825,20 @@ class Slots:
         return True
 
 
-def plan(job, server, seed):
+def mark_of(body, number=0):
+    """The first word of an answer: it depends on every message, its role and each parameter, and of several
+    choices on which it is. Four characters of it fit into an answer of one token."""
+    asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    return hashlib.sha256(json.dumps([asked, number], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def plan(job, server, number):
     """Decides the answer before it is spoken: text, length and how it ends."""
     room = server.slot_ctx - job.prompt_tokens
     if server.age == "old" and not server.flags.get("no-context-shift"):
         room = max(server.train - job.prompt_tokens, 1)
-    mark = hashlib.sha256(("%s\0%s" % (job.prompt, seed)).encode()).hexdigest()[:8]
-    echo = "[%s] %s" % (mark, last_words(job.prompt)) if job.prompt else "[%s]" % mark
+    mark = mark_of(job.body, number)
+    echo = "%s %s" % (mark, last_words(job.prompt)) if job.prompt else mark
     wanted = int(wish("ANSWER_TOKENS")) or tokens(echo)
     share = wish("EMPTY")
     if share and server.dice.random() < share:
@@ -1511,7 +1519,7 @@ class Server:
         """Speaks, and returns what is left to do: to send the answer, or the end of it."""
         for number, (slot, job) in enumerate(zip(slots, jobs)):
             self.check_context(job)
-            plan(job, self, job.body.get("seed", 0) if not number else (job.body.get("seed", 0), number))
+            plan(job, self, number)
             self.slots.begin(slot, job)
         if self.slots.overfull():
             raise jobs[0].failure
