@@ -101,3 +101,14 @@ def test_a_run_that_may_not_be_requeued_says_how_to_go_on(site_on):
     state = site.ended(code=4)
     assert "requeue is off" in state["detail"] and f"resume {site.run.name}" in state["detail"] and len(site.lives()) == 1
     assert 2 <= state["done"] == len(site.journal()) < 14
+
+
+def test_an_engine_that_ends_because_its_job_does_is_no_failure(here):
+    """Slurm's TERM may reach an engine and its agent before it reaches the driver."""
+    here.config(environment={"vars": {"FAKE_LLAMA_LOAD_S": "20"}})
+    running = here.start("run", "config.json")
+    here.wait_for_event("engine_started")
+    for words in (" agent ", "llama-server -m"):
+        os.kill(here.process(words), signal.SIGTERM)
+    output, _ = running.communicate(timeout=20)
+    assert running.returncode == 4 and "told to end" in output, output

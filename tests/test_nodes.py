@@ -252,3 +252,13 @@ def test_a_step_asks_for_the_gpus_of_its_node_and_takes_the_jobs_variables_along
     assert not [word for word in llmrun.agent_command("/usr/bin/python3", "/r", "n1", "7") if "gres" in word]
     assert "--overlap" in llmrun.agent_command("/usr/bin/python3", "/r", "n1", "7", overlap=True)
     assert llmrun.agent_command("/usr/bin/python3", "/r", "n1")[0] == "/usr/bin/python3"
+
+
+def test_a_process_sees_what_it_is_given_and_the_nodes_words_but_not_what_it_must_not(tmp_path, monkeypatch):
+    for name, value in (("LLAMA_ARG_CTX_SIZE", "1"), ("LLAMA_API_KEY", "2"), ("SCRATCH_HERE", "/scratch")):
+        monkeypatch.setenv(name, value)
+    spoken = Spoken(tmp_path)
+    spoken.start(1, "sh", "-c", "env | grep -E '^(LLAMA|CACHE|PLAIN)'", without=["LLAMA_ARG_", "LLAMA_API_KEY"],
+                 env={"PLAIN": "$SCRATCH_HERE"}, node_env={"CACHE": "$SCRATCH_HERE/rpc"})
+    assert sorted(spoken.heard("exit", "p")["tail"]) == ["CACHE=/scratch/rpc", "PLAIN=$SCRATCH_HERE"]
+    spoken.process.communicate()

@@ -135,3 +135,14 @@ def test_the_echo_engine_answers_only_who_has_the_key(tmp_path):
         server.cancel()
         return statuses
     assert asyncio.run(asyncio.wait_for(work(), 20)) == [(200, True), (401, False), (401, False)]
+
+
+@pytest.mark.parametrize("obeyed", [False, True])
+def test_the_users_own_llama_settings_reach_no_process_unasked(obeyed):
+    config = config_of(llama={"user_settings": obeyed})
+    engine = llmrun.LlamaCpp(config, llmrun.Run("RUN"), "LIFE", 3)
+    group = [llmrun.Placed(llmrun.ForeseenNode(f"n{number}"), engine.foreseen(), "a", "1", ()) for number in range(3)]
+    for _, process in engine.processes(group):
+        seen = [name for name in ("LLAMA_ARG_CTX_SIZE", "LLAMA_API_KEY", "HOME") if not name.startswith(tuple(process.without))]
+        assert seen == (["LLAMA_ARG_CTX_SIZE", "LLAMA_API_KEY", "HOME"] if obeyed else ["HOME"])
+        assert ("XDG_CONFIG_HOME" in process.env) == (process.name == "llama-server" and not obeyed)
