@@ -620,3 +620,11 @@ def both_get(outcomes):
         for given, changes in outcomes(self, state, who, operation):
             yield (True if operation[0] == "put_new" else given), changes
     return wrong
+
+
+def test_what_was_taken_over_from_a_second_driver_too_is_asked_by_a_third(site):
+    left_by(site).end()
+    second = site.driver(2)
+    assert second.next() == 0
+    second.end()
+    assert site.driver(3).next() == 0 and site.disk.files["0.2"] == b"3.0.0"

@@ -112,3 +112,11 @@ def test_an_engine_that_ends_because_its_job_does_is_no_failure(here):
         os.kill(here.process(words), signal.SIGTERM)
     output, _ = running.communicate(timeout=20)
     assert running.returncode == 4 and "told to end" in output, output
+
+
+def test_a_run_that_is_done_is_not_run_once_more(site):
+    site.config(engine={"name": "echo"})
+    site.llmrun("submit", "config.json", "--wait")
+    slurm, job = llmrun.Slurm(site.env), site.status()["job"]
+    wait_for("the job's end", lambda: slurm.jobs([job])[job].state == "COMPLETED")
+    assert "Restarts=0" in slurm.detail(job) and len(site.lives()) == 1

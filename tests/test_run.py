@@ -51,6 +51,11 @@ def test_a_run_is_its_users_alone(run):
     assert run.folder.stat().st_mode & 0o777 == 0o700 and run.key_file.stat().st_mode & 0o777 == 0o600
 
 
+def test_two_runs_of_one_moment_have_each_a_folder(tmp_path):
+    folders = [llmrun.new_folder(tmp_path, "test-20261121-170509") for _ in range(3)]
+    assert [folder.name[4:] for folder in folders] == ["-20261121-170509", "-20261121-170509-2", "-20261121-170509-3"]
+
+
 def test_the_frozen_program_is_the_one_that_submitted(run, tmp_path, monkeypatch):
     (tmp_path / "llmrun.py").write_text("another")
     monkeypatch.chdir(tmp_path)
@@ -145,6 +150,13 @@ def test_what_two_lives_answered_counts_once_at_most(run):
     for job in (7, 8):
         tell(run, llmrun.Life(job, 0, 0), started(job), progressed(8))
     assert stands(run)["done"] == 10
+
+
+def test_a_jobs_latest_life_has_the_last_word(run):
+    tell(run, llmrun.Life(7, 1, 0), started(at=300.0), dict(ended(3, at=310.0, done=4, answered=1), why="the engine broke"))
+    tell(run, llmrun.Life(7, 0, 0), started(at=100.0), dict(ended(4, done=3, answered=3), next="requeued"))
+    found = stands(run)
+    assert (found["exit_code"], found["detail"], found["done"]) == (3, "the engine broke", 4)
 
 
 def test_a_run_is_done_though_an_old_driver_hangs(run):

@@ -247,3 +247,13 @@ def test_a_module_that_is_missing_ends_the_job_and_is_named(tmp_path):
     text = script.read_text().replace("trap '' USR1", "module() { return 1; }\ntrap '' USR1")
     done = subprocess.run(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 3 and "module load nosuch/1.0 failed" in done.stdout and "went on" not in done.stdout
+
+
+def test_a_users_files_and_settings_do_not_reach_the_drivers_python(tmp_path):
+    for folder in (tmp_path, tmp_path / "more"):
+        folder.mkdir(exist_ok=True)
+        (folder / "secrets.py").write_text("raise SystemExit('not this one')\n")
+    script = script_of(tmp_path, "-c", "import secrets; print('went on')")
+    done = subprocess.run(["bash", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "more")})
+    assert done.stdout == "went on\n"
