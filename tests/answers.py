@@ -107,12 +107,14 @@ def tiny_tokens(messages):
     """How many tokens the tiny model's chat template makes of them: each byte is one, but "th" and the two marks."""
     def cost(text):
         return len(text.encode()) - len(re.findall("th", text))
-    return sum(4 + cost(message["role"]) + cost(message["content"].strip()) for message in messages) + 2 + cost("assistant")
+    return sum(4 + cost(message["role"]) + cost(message["content"]) for message in messages) + 2 + cost("assistant")
 
 
 def check_run(run, folder, config, asked, real=False):
     """Every answer of a run, wherever it is kept, is the answer to its own question."""
-    engine = "real" if real else config.get("engine", {}).get("name", "llama.cpp")
+    engine = config.get("engine", {}).get("name", "llama.cpp")
+    if real and engine == "llama.cpp":
+        engine = "real"
     may_be_empty = "FAKE_LLAMA_EMPTY" in config.get("environment", {}).get("vars", {})
     wanted = config.get("results", {})
     results = next(folder.glob(wanted["folder"]), run / "none") if wanted.get("folder") else run / "results"

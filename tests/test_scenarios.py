@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 
-from conftest import REAL, wait_for
+from conftest import wait_for
 from fakes.llama import mark_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -44,7 +44,7 @@ def test_the_system_prompt_and_params_reach_the_engine_with_each_samples_own_see
     assert all(line["response"]["body"]["usage"]["completion_tokens"] <= 3 for line in site.journal())
     results = site.results()
     assert len(results) == 12 and "part0/000.1.txt" in results and "part0/000.2.txt" in results
-    if not REAL:
+    if not site.real:
         question = {"model": site.model.name, "max_tokens": 3, "temperature": 0, "messages": [
             {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Question 1: what comes after 1?\n"}]}
         for sample, seed in (("1", 7), ("2", 8)):

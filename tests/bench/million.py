@@ -24,12 +24,15 @@ KILLS, CONNECTIONS = 10, 64
 
 
 def write_input(path, count):
-    text = "A question of some length, as people ask them? " * 5
     with open(path, "w") as file:
         for number in range(count):
-            body = {"model": "m", "messages": [{"role": "user", "content": f"{number} {text}"}], "max_tokens": 64}
             file.write(json.dumps({"custom_id": f"request-{number}", "method": "POST", "url": "/v1/chat/completions",
-                                   "body": body}) + "\n")
+                                   "body": body_of(number)}) + "\n")
+
+
+def body_of(number):
+    text = "A question of some length, as people ask them? " * 5 + "?" * (number % 50)
+    return {"model": "m", "messages": [{"role": "user", "content": f"{number} {text}"}], "max_tokens": 64}
 
 
 def life(folder, port):
@@ -86,7 +89,12 @@ def main(count):
         began = time.monotonic()
         results = llmrun.write_results(run, config, llmrun.Marks(run, llmrun.Input.load(run, config, "m")))
         merged_s = time.monotonic() - began
-        names = [json.loads(line)["custom_id"] for line in open(results / "results.jsonl")]
+        names = []
+        for number, line in enumerate(open(results / "results.jsonl")):
+            record = json.loads(line)
+            names.append(record["custom_id"])
+            length = record["response"]["body"]["usage"]["prompt_tokens"]  # the server says how long a request it got
+            assert length == len(json.dumps(body_of(number))), f"{names[-1]} has the answer to another prompt"
         assert names == [f"request-{number}" for number in range(count)], "one result each, in input order"
         edge = max(1, len(told["rates"]) // 5)
         first, last = (sum(part) / edge for part in (told["rates"][:edge], told["rates"][-edge:]))

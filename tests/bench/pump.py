@@ -2,7 +2,7 @@
 
     python tests/bench/pump.py [REQUESTS]
 
-The server is nginx with a fixed completion, pinned to another core. Side by side: llmrun's pump with durable results;
+The server is nginx with a completion that tells no more of its request than its length, pinned to another core. Side by side: llmrun's pump with durable results;
 bare asyncio streams that do nothing with the answer (the ceiling for Python); aiohttp bare; the OpenAI SDK, plain and
 over aiohttp; `requests` in threads. Rounds alternate, so that a noisy neighbour meets them all.
 
@@ -34,7 +34,7 @@ CONNECTIONS, ROUNDS = 64, 5
 COMPLETION = json.dumps({
     "id": "chatcmpl-1", "object": "chat.completion", "created": 1700000000, "model": "m",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "An answer of some words. " * 8}}],
-    "usage": {"prompt_tokens": 60, "completion_tokens": 40, "total_tokens": 100}})
+    "usage": {"prompt_tokens": 0, "completion_tokens": 40}}).replace('"prompt_tokens": 0', '"prompt_tokens": $content_length')
 NGINX = """\
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; worker_rlimit_nofile 4096;
 events {{ worker_connections 2048; }}
@@ -45,6 +45,7 @@ http {{
 }}
 """
 BODY = json.dumps({"model": "m", "max_tokens": 64, "messages": [{"role": "user", "content": "A question of some length? " * 12}]})
+BODIES = [BODY.replace("? ", "?" * (1 + number % 7) + " ", 1) for number in range(7)]  # of lengths of their own
 
 
 class Server:
@@ -139,13 +140,14 @@ def llmrun_pump(port, count):
     with tempfile.TemporaryDirectory() as name:
         with open(Path(name) / "in.jsonl", "w") as file:
             for number in range(count):
-                file.write(f'{{"custom_id": "r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {BODY}}}\n')
+                file.write(f'{{"custom_id": "r{number}", "method": "POST", "url": "/v1/chat/completions", "body": {BODIES[number % 7]}}}\n')
         make_run(Path(name), CONNECTIONS)
         life = OneLife(Path(name), CONNECTIONS)
         began = time.perf_counter()
         life.work(port)
         took = time.perf_counter() - began
         assert life.tally.answers == count, life.tally.answers
+        life.check_answers(lambda number: BODIES[number % 7])
         return took
 
 

@@ -1,10 +1,14 @@
 """What the pump's benches share: a run made of a JSONL file, and one life of it with an engine that is always ready."""
 
 import asyncio
+import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from fakes.llama import mark_of  # noqa: E402
 
 import llmrun  # noqa: E402
 
@@ -58,3 +62,13 @@ class OneLife:
             asyncio.run(pump_all())
         self.journal.close()
         self.claims.end()
+
+    def check_answers(self, body_of):
+        """Each row has the answer to its own request: of its length (nginx), or with its mark (the fake llama-server)."""
+        for segment in self.run.segments():
+            for line in open(segment.path):
+                record = json.loads(line)
+                asked, answer = body_of(record["llmrun"]["row"]), record["response"]["body"]
+                mark = mark_of(json.loads(asked)) if "system_fingerprint" in answer else ""
+                assert answer["usage"]["prompt_tokens"] == len(asked) or mark and answer["choices"][0]["message"]["content"].startswith(
+                    mark), record

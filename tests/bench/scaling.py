@@ -17,6 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+from answers import check_run, questions  # noqa: E402
 from fake_slurm.cluster import FakeCluster  # noqa: E402
 from fakes.build import make_build, make_model  # noqa: E402
 
@@ -53,6 +54,8 @@ def measure(jobs):
         write_site(folder, jobs)
         subprocess.run([sys.executable, str(TESTS.parent / "llmrun.py"), "submit", "config.json", "--wait"], cwd=folder,
                        env=cluster.env, check=True, stdout=subprocess.DEVNULL)
+        config, run = json.loads((folder / "config.json").read_text()), next(folder.glob("runs/*"))
+        check_run(run, folder, config, questions(folder, config))
         answers = {path.name: [json.loads(line) for line in path.read_text().splitlines()]
                    for path in folder.glob("runs/*/journal/*.jsonl")}
     answers = {name: lines for name, lines in answers.items() if lines}
