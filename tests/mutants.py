@@ -87,7 +87,7 @@ def try_out(mutant, folder):
     began, source = time.monotonic(), (ROOT / "llmrun.py").read_text()
     (folder / "llmrun.py").write_text(source.replace(mutant.old, mutant.new))
     code, said = run_tests(folder, mutant.tests, "-x", limit_s=180) if mutant.tests else (0, "")
-    noticed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", said, re.MULTILINE)
+    noticed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", said, re.MULTILINE)
     return (noticed.group(1) if noticed else said.strip()[-100:] or "?") if code else "", time.monotonic() - began
 
 

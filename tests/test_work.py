@@ -552,3 +552,21 @@ def test_a_prompt_that_reached_nobody_has_used_no_attempt(monkeypatch):
     results = asyncio.run(asyncio.wait_for(work(), 20))
     assert_each_once(results, 5)
     assert all(result.ok and result.attempts == 1 for result in results)
+
+
+def test_a_line_that_a_full_disk_tore_is_written_again_elsewhere(tmp_path, monkeypatch):
+    """What follows in the same file would be one line with the torn one."""
+    run, prompts = sixty(tmp_path)
+    for name in ("SYNC_AFTER_S", "AGAIN_AFTER_S", "WRITE_AFTER_S"):
+        monkeypatch.setattr(llmrun.Journal, name, 0.01)
+    journal = llmrun.Journal(run, run.new_life(0, 0))
+
+    async def work():
+        for number in range(3):
+            journal.add(result_of(prompts, number))
+            await asyncio.sleep(0.15)  # it is written and synced, or fails and is written again
+    with monkeypatch.context() as patch:
+        patch.setattr(llmrun, "os", Disk(lambda calls, name: name == "write" and calls == 2))
+        asyncio.run(work())
+        journal.close()
+    assert llmrun.Marks(run, prompts).count(llmrun.Marks.DONE) == 3
