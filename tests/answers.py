@@ -123,11 +123,13 @@ def check_run(run, folder, config, asked, real=False):
         for line in path.read_text().split("\n")[:-1]:
             record = json.loads(line)
             question = asked[record["custom_id"]]
-            assert record["id"].endswith("_" + question.place), f"{record['id']} is {question.custom_id}, at {question.place}"
-            if record["llmrun"]["ok"]:
-                check_answer(question, record["response"]["body"], engine, may_be_empty)
+            own, response = record["llmrun"], record["response"]
+            assert record["id"] == "batch_req_" + question.place and question.place.endswith(f"_{own['row']}_{own['sample']}"), record
+            assert response is None or response["request_id"] == "req_" + question.place, record
+            if own["ok"]:
+                check_answer(question, response["body"], engine, may_be_empty)
                 if path == merged:
-                    texts[question.custom_id] = said_by(record["response"]["body"])
+                    texts[question.custom_id] = said_by(response["body"])
     if merged.exists():
         assert list(texts) == [name for name in asked if name in texts], "results.jsonl is in the order of the input"
         failed = results / "errors.jsonl"

@@ -40,19 +40,22 @@ WRONG_VALUES = [
     ("engine.name", '"llama"', "llama.cpp"), ("engine.load_timeout", '"soon"', '"10min"'),
     ("engine.llama.rpc_port", "99999", "65535"), ("engine.llama.user_settings", '"yes"', "true or false"),
     ("prompts.max_tokens", '"many"', "a whole number"), ("prompts.params", '"x"', "a table"), ("results.folder", "1", "quotes"),
-    ("name", '"a/b"', "letters"), ("name", '"a b"', "letters"), ("name", "'a\"b'", "letters"), ("name", '"a\\nb"', "letters"),
-    ("name", '""', "letters"), ("slurm", "3", "a table")]
+    ("name", '"a/b"', "letters"), ("name", '"a b"', "letters"), ("name", '"a\\"b"', "letters"), ("name", '"a\\nb"', "letters"),
+    ("name", '""', "letters"), ("slurm", "3", "below a line [slurm]")]
 
 
 @pytest.mark.parametrize("key, value, words", WRONG_VALUES, ids=[f"{k}={v}" for k, v, _ in WRONG_VALUES])
 def test_a_value_of_the_wrong_kind_names_its_key(site, key, value, words):
-    line = refused(site, "config.json", "--set", f"{key}={value}")
-    assert words in line and key.rpartition(".")[2] in line
+    table, _, name = key.rpartition(".")
+    what, _, mend = refused(site, "config.json", "--set", f"{key}={value}").partition("; ")
+    assert f"config.json: {table and f'[{table}] '}{name} = {json.dumps(json.loads(value))}: not " in what
+    assert words in mend, mend
 
 
 @pytest.mark.parametrize("text, words", [
     ("nodes = 3", "unknown key nodes"), ("[slurm]\nnode = 3", 'did you mean "nodes"'), ("[slrum]\nnodes = 3", 'did you mean "slurm"'),
-    ("name = ", "config.toml"), ("[slurm\nnodes=3", "config.toml:1"), ("[slurm]\ntime = 5 hours", "config.toml:2"),
+    ("name = ", "config.toml: not TOML: Invalid value"), ("[slurm\nnodes=3", "config.toml:1: not TOML"),
+    ("[slurm]\ntime = 5 hours", "config.toml:2: not TOML"),
     ('[slurm]\n\ntime = "5 hours"', 'config.toml:3: [slurm] time = "5 hours": not a time Slurm takes; write "05:00:00"')])
 def test_a_broken_toml_file_names_its_line(site, text, words):
     (site.folder / "config.toml").write_text(text)
@@ -180,12 +183,16 @@ def test_what_the_cluster_cannot_give(site, key, value, named, words):
 
 def test_folders_that_cannot_be_written(site):
     (site.folder / "file").write_text("")
-    assert "file" in refused(site, "config.json", "--set", "run_dir=file")
-    assert "file" in refused(site, "config.json", "--set", "results.folder=file")
-    assert "file" in refused(site, "config.json", "--set", "results.folder=file/deeper")
-    assert "file" in refused(site, "config.json", "--set", "slurm.output=file/out.txt")
-    assert "outside" in refused(site, "config.json", "--set", "results.file_name=../{path}")
-    assert "one file" in refused(site, "config.json", "--set", "results.file_name=all.txt")
+    path = site.folder / "file"
+    for key, value, what, mend in [
+            ("run_dir", "file", f'run_dir = "{path}": cannot make the run\'s folder: file exists', "name a folder that you may write to"),
+            ("results.folder", "file", f'[results] folder = "{path}": {path} is a file', "name a folder"),
+            ("results.folder", "file/deeper", f'[results] folder = "{path}/deeper": {path} is a file', "name a folder"),
+            ("slurm.output", "file/out.txt", f'[slurm] output = "{path}/out.txt": {path}: file exists', "name a folder"),
+            ("results.file_name", "../{path}", '[results] file_name = "../{path}": ../part0/000.txt is outside', 'take out "/" and ".."'),
+            ("results.file_name", "all.txt", '[results] file_name = "all.txt": two answers would land in one file', '"{path}" or "{name}"')]:
+        line = refused(site, "config.json", "--set", f"{key}={value}")
+        assert f"config.json: {what}" in line and mend in line.partition("; ")[2], line
 
 
 def test_a_full_disk_leaves_no_half_made_run(site):

@@ -54,7 +54,7 @@ def test_signals_that_follow_the_first_change_nothing(site):
     engine.write_text(f"#!/bin/bash\ntrap 'echo told >> {told}; sleep 0.5; echo ended >> {told}; exit' TERM\n"
                       f"{site.bin}/llama-server \"$@\" & wait $!; exit $?\n")
     engine.chmod(0o755)
-    site.shim("scontrol", f"[ -e {late} ]", f"touch {writing}", "sleep 0.5")
+    site.shim("scontrol", f"[ -e {late} ]", f"touch {writing}", f"while [ -e {late} ]; do sleep 0.02; done")
     site.slow()
     site.config(engine={"path": str(engine)})
     site.llmrun("submit", "config.json")
@@ -68,6 +68,7 @@ def test_signals_that_follow_the_first_change_nothing(site):
     wait_for("what follows it", lambda: writing.exists())
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         os.kill(driver, number)
+    late.unlink()
     state = site.ended(code=4)
     assert [end["why"] for end in site.ends()] == ["cancelled (SIGTERM)"]
     assert [event["why"] for event in site.events() if event["event"] == "stopping"] == ["told to end (SIGTERM)"]

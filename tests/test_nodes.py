@@ -108,10 +108,11 @@ def test_a_killed_agent_takes_its_process_along(agent):
 
 
 def test_stop_is_term_and_then_kill(agent):
-    agent.start(1, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done", grace_s=0.4)
-    began = time.monotonic()
+    agent.start(1, "sh", "-c", "trap 'echo told to end' TERM; echo up; while :; do sleep 0.05; done", grace_s=0.4, progress="up")
+    agent.heard("line", "up")
     agent.order(2, "stop", name="p")
-    assert agent.heard("exit", "p")["code"] == -signal.SIGKILL and time.monotonic() - began < 3
+    ended = agent.heard("exit", "p")
+    assert ended["code"] == -signal.SIGKILL and ended["tail"].count("told to end") == 2, ended
     assert agent.order(3, "stop", name="p")["ok"] is None, "stopping what has ended is no error"
 
 

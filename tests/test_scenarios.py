@@ -1,5 +1,6 @@
 """What users do with a run from its submit to its end, on a fake Slurm or (LLMRUN_BENCH=real) a real one."""
 
+import csv
 import json
 import os
 import shutil
@@ -168,6 +169,8 @@ def test_a_batch_file_goes_in_and_comes_out_in_that_format(site):
         "model": "gpt-4o-mini", "messages": [{"role": "system", "content": "You are a helpful assistant."},
                                              {"role": "user", "content": f"Hello world {n}!"}], "max_tokens": 10}}
             for n in range(12)]
+    for row in rows[::3]:
+        row["body"].update(stream=True, stream_options={"include_usage": True})
     (site.folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     site.config(prompts={"user": "in.jsonl"})
     site.llmrun("submit", "config.json", "--wait")
@@ -187,6 +190,8 @@ def test_a_csv_comes_back_with_its_answers(site):
     text = (site.run / "results" / "in.csv").read_text()
     assert text.startswith("word,language,answer,completion_tokens\nsea,German,")
     assert "sea" in site.llmrun("results", "--format", "csv")
+    shown = list(csv.DictReader(site.llmrun("results", "--format", "csv").splitlines()))
+    assert {row["custom_id"]: row["answer"] for row in shown} == {row["word"]: row["answer"] for row in csv.DictReader(text.splitlines())}
 
 
 def test_a_killed_life_is_resumed_and_nothing_is_asked_twice(site):
@@ -232,8 +237,8 @@ def test_logs_and_results_can_be_followed(site):
     site.wait_for_event("ready")
     followers = [site.start("results", "-f", "--format", "csv"), site.start("logs", "-f")]
     outputs = [follower.communicate(timeout=90)[0] for follower in followers]
-    assert outputs[0].count("custom_id,answer") == 1
-    assert sum(line.startswith("part") for line in outputs[0].splitlines()) == 40
+    rows = list(csv.DictReader(outputs[0].splitlines()))
+    assert len(rows) == 40 and {row["custom_id"]: row["answer"] for row in rows} == site.results()
     assert "end code=0" in outputs[1]
 
 
@@ -307,6 +312,9 @@ def test_logs_and_results_show_a_run_by_name_job_or_folder(site):
     assert json.loads(site.llmrun("status", job, "--json"))["done"] == 6
     record = json.loads(site.llmrun("results", job, "--format", "jsonl").splitlines()[0])
     assert record["custom_id"] == "part0/000.txt"
+    for line in site.llmrun("results", job, "--format", "jsonl").splitlines():
+        record = json.loads(line)
+        assert record["response"]["body"]["choices"][0]["message"]["content"] == site.results()[record["custom_id"]]
 
 
 def test_run_in_too_small_an_allocation_says_so(site):
