@@ -76,3 +76,17 @@ def test_a_run_whose_answers_are_all_empty_has_not_gone_well(here, engine):
     said = here.llmrun("run", "config.json", code=1)
     wait_for("the summary", (here.run / "summary.json").exists)
     assert "answers are empty" in said + json.loads((here.run / "summary.json").read_text())["why"]
+
+
+def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
+    here.config(engine={"name": "llama.cpp"})
+    asked = here.folder / "prompts" / "part0" / "000.txt"
+    asked.write_text("word " * 5000)
+    here.llmrun("run", "config.json", code=1)
+    failed, = map(json.loads, here.llmrun("results", "--failed", "--json").splitlines())
+    assert failed["custom_id"] == "part0/000.txt" and not failed["llmrun"]["ok"]
+    assert len(here.llmrun("results", "--json").splitlines()) == 6
+    here.llmrun("resume", "--failed", code=1)
+    names = [line["custom_id"] for line in here.journal()]
+    assert len(names) == 7 and names.count("part0/000.txt") == 2
+    assert json.loads((here.run / "summary.json").read_text())["failed"] == 1

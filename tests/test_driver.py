@@ -120,3 +120,30 @@ def test_a_run_that_is_done_is_not_run_once_more(site):
     slurm, job = llmrun.Slurm(site.env), site.status()["job"]
     wait_for("the job's end", lambda: slurm.jobs([job])[job].state == "COMPLETED")
     assert "Restarts=0" in slurm.detail(job) and len(site.lives()) == 1
+
+
+def test_a_run_that_was_cancelled_does_not_come_back_however_its_job_ends(site_on):
+    site = site_on()
+    site.write_prompts(14)
+    site.config(engine={"name": "echo", "args": ["0.3"]})
+    site.llmrun("submit", "config.json")
+    site.answering()
+    (site.run / "stop").touch()  # what `cancel` leaves, and then Slurm is quicker
+    os.kill(min(pid for pid, argv in site.processes() if "drive" in argv), signal.SIGKILL)
+    site.ended(code=4)
+    assert [end["next"] for end in site.ends()] == [""] and len(site.lives()) == 1
+
+
+def test_a_job_whose_rest_the_others_do_is_not_queued_again(site_on):
+    site = site_on()
+    site.write_prompts(2)
+    site.config(engine={"name": "echo", "args": ["2"], "concurrency": 1}, slurm={"jobs": 2})
+    site.llmrun("submit", "config.json")
+    claimed = wait_for("a claim of each job", lambda: site.runs() and len({path.read_text() for path in site.run.glob("claims/?.0")}) == 2
+                       and (site.run / "claims" / "0.0").read_text())
+    job = int(claimed.split(".")[0])
+    subprocess.run(["scancel", "-b", "-s", "USR1", str(job)], env=site.env, check=True)
+    site.ended()
+    wait_for("both ends", lambda: len(site.ends()) == 2)
+    assert [path.name for path in site.run.glob("events/*.1.0.jsonl")] == [] and len(site.journal()) == 2
+    assert sorted(end["next"] for end in site.ends()) == ["", "others"]
