@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-real lint bench chaos storm sbatch clean
+.PHONY: demo test test-real lint mutants bench chaos storm sbatch clean
 
 demo: $(VENV)/ready  ## the whole path through a fake Slurm's sbatch, in seconds
 	@$(RUN) tests/demo.py
@@ -20,6 +20,9 @@ test-real: $(VENV)/ready  ## the same scenarios on a real Slurm and a real llama
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) tests/test_house.py
+
+mutants: $(VENV)/ready  ## faults put into llmrun.py one at a time: the tests must notice; TENTH=SEED takes a tenth; minutes
+	$(RUN) tests/mutants.py $(if $(TENTH),--tenth $(TENTH))
 
 chaos: $(VENV)/ready  ## simulated runs by the thousand, and runs of real processes, in storms; minutes
 	$(RUN) tests/simulation.py --seeds 10000

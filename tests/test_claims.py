@@ -620,3 +620,22 @@ def both_get(outcomes):
         for given, changes in outcomes(self, state, who, operation):
             yield (True if operation[0] == "put_new" else given), changes
     return wrong
+
+
+def test_what_was_taken_over_from_a_second_driver_too_is_asked_by_a_third(site):
+    left_by(site).end()
+    second = site.driver(2)
+    assert second.next() == 0
+    second.end()
+    assert site.driver(3).next() == 0 and site.disk.files["0.2"] == b"3.0.0"
+
+
+def test_what_a_slow_driver_answered_since_the_last_look_is_not_asked_again(site):
+    slow = left_by(site)
+    slow.end()
+    claims = site.driver(2)
+    for number in (0, 1):
+        assert claims.next() == number
+        site.answer(claims, number)
+    site.answer(slow, 2)  # it was thought gone
+    assert claims.next() == 3

@@ -94,3 +94,37 @@ def test_durations(text, seconds):
 def test_help_config_is_the_example_file():
     done = subprocess.run([sys.executable, llmrun.__file__, "help", "config"], stdout=subprocess.PIPE, text=True)
     assert done.stdout.strip() == llmrun.example_toml().strip()
+
+
+@pytest.mark.parametrize("tables, words", [
+    ({"model": {"path": "$NOWHERE_AT_ALL/m.gguf"}}, "NOWHERE_AT_ALL is not set"),
+    ({"environment": {"vars": {"A; rm x": "1"}}}, "no name of an environment variable"),
+    ({"slurm": {"extra": {"comment": "a\n#SBATCH --nodes=9"}}}, "on one line"),
+    ({"slurm": {"partition": "gpu\nrm x"}}, "on one line")])
+def test_what_would_become_something_else_in_a_script_is_refused(tmp_path, tables, words):
+    with pytest.raises(llmrun.UserError, match=words):
+        read(tmp_path, json.dumps(tables), name="config.json")
+
+
+def test_an_error_names_the_line_in_its_own_table(tmp_path):
+    with pytest.raises(llmrun.UserError, match=r"config.toml:5: \[engine\] name"):
+        read(tmp_path, '[model]\nname = "m"\n\n[engine]\nname = "nope"\n')
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text_of_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffHello".encode())
+    assert llmrun.read_user_file(tmp_path / "a.txt", "prompt") == "Hello"
+
+
+def test_sbatch_options_end_at_the_first_command(tmp_path):
+    script = "#!/bin/bash\n#SBATCH --comment=kept\n# a word\n\n#SBATCH -p gpu\ncd /x\n#SBATCH --nodes=9\n"
+    assert llmrun.sbatch_options(script) == ["--comment=kept", "-p gpu"]
+
+
+def test_an_old_config_dates_its_results_as_its_scripts_did(tmp_path, monkeypatch):
+    strftime, then = llmrun.time.strftime, llmrun.time.struct_time((2026, 11, 21, 17, 5, 9, 5, 325, 0))
+    monkeypatch.setattr(llmrun.time, "strftime", lambda form: strftime(form, then))
+    flat = {"dir_llama_script": "bin", "model": "m.gguf", "prompts_user_dir": "p", "result_dir": "answers", "nodes": "2", "ntasks": 2}
+    config = read(tmp_path, json.dumps(flat), name="config.json")
+    assert config.results.folder == str(tmp_path / "answers" / "result_21-11-2026_17-05-09") and config.slurm.nodes == 2
+    assert config.results.file_name == "result_{name}.txt" and config.engine.context == 8192

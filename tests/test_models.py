@@ -1,5 +1,7 @@
 """What a GGUF header tells before anything is submitted."""
 
+import struct
+
 import llmrun
 import pytest
 from fakes.build import make_model
@@ -49,3 +51,28 @@ def test_kv_heads_of_each_layer_may_differ(tmp_path):
             "a.attention.head_count": (4, 4), "a.attention.head_count_kv": (1, 0)}
     model = llmrun.model_from_keys(keys, 0, ("f.gguf",))
     assert model.kv_heads == (1, 0) and llmrun.kv_cache_bytes(model, 256, 1) == 256 * 32 * 2
+
+
+def test_a_split_model_weighs_what_all_its_parts_do(tmp_path):
+    for number in (1, 2, 3):
+        make_model(tmp_path / f"m-{number:05d}-of-00003.gguf")
+    model = llmrun.read_model(config_for(tmp_path / "m-00001-of-00003.gguf"))
+    assert len(model.files) == 3 and model.size_bytes == 3 * (tmp_path / "m-00001-of-00003.gguf").stat().st_size
+
+
+def gguf(kind, elements, size_bytes):
+    """A model of one tensor, with so many bytes for it."""
+    def text(words):
+        return struct.pack("<Q", len(words)) + words
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
+    head += text(b"token_embd.weight") + struct.pack("<IQIQ", 1, elements, kind, 0)
+    return head + b"\0" * (-len(head) % 32) + b"\1" * size_bytes
+
+
+@pytest.mark.parametrize("kind, elements, size_bytes", [(0, 64, 256), (2, 4096, 2304), (12, 512, 288)])
+def test_a_model_is_whole_when_its_last_weight_is_there(tmp_path, kind, elements, size_bytes):
+    (tmp_path / "m.gguf").write_bytes(gguf(kind, elements, size_bytes))
+    assert llmrun.read_gguf(tmp_path / "m.gguf")[0] == {"general.architecture": "llama"}
+    (tmp_path / "m.gguf").write_bytes(gguf(kind, elements, size_bytes - 1))
+    with pytest.raises(ValueError, match="cut short: .* are there"):
+        llmrun.read_gguf(tmp_path / "m.gguf")

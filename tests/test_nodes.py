@@ -217,3 +217,49 @@ def test_lines_that_matter_are_told_as_they_come(agent):
     agent.start(1, "sh", "-c", "echo nothing; echo loading 10%; sleep 0.3; echo loading 90%; sleep 100", progress="loading")
     assert agent.heard("line", "loading 10%") and agent.heard("line", "loading 90%")
     assert not [m for m in agent.said if m.get("line") == "nothing"]
+
+
+def test_what_is_stopped_may_end_by_itself(agent):
+    agent.start(1, "sh", "-c", "trap 'echo ended well; exit 7' TERM; echo up; while :; do sleep 0.02; done", progress="up", grace_s=5)
+    agent.heard("line", "up")
+    agent.order(2, "stop", name="p")
+    ended = agent.heard("exit", "p")
+    assert ended["code"] == 7 and ended["tail"][-1] == "ended well"
+
+
+def test_a_lost_node_leaves_nobody_waiting(tmp_path):
+    async def work():
+        told = []
+        node = llmrun.Node("n1", [], {}, tmp_path / "log", lambda event, **facts: told.append((event, facts["node"])), 5)
+        node.facts.set_result({})
+        node.write = lambda message: None
+        asked = asyncio.ensure_future(node.ask("find", names=["x"]))
+        node.exits["server"] = ended = asyncio.get_running_loop().create_future()
+        await asyncio.sleep(0)
+        node.lose("its agent ended")
+        node.lose("and once more")
+        with pytest.raises(llmrun.NodeLost, match="its agent ended"):
+            await asyncio.wait_for(asked, 1)
+        assert (await asyncio.wait_for(ended, 1)).how == "was lost with its node"
+        with pytest.raises(llmrun.NodeLost):
+            await node.ask("find", names=["y"])
+        return told
+    assert asyncio.run(work()) == [("node_lost", "n1")]
+
+
+def test_a_step_asks_for_the_gpus_of_its_node_and_takes_the_jobs_variables_along():
+    command = llmrun.agent_command("/usr/bin/python3", "/r", "n1", "7", gpus="2")
+    assert command[0] == "srun" and "--gres=gpu:2" in command and "--export=ALL" in command and "--overlap" not in command
+    assert not [word for word in llmrun.agent_command("/usr/bin/python3", "/r", "n1", "7") if "gres" in word]
+    assert "--overlap" in llmrun.agent_command("/usr/bin/python3", "/r", "n1", "7", overlap=True)
+    assert llmrun.agent_command("/usr/bin/python3", "/r", "n1")[0] == "/usr/bin/python3"
+
+
+def test_a_process_sees_what_it_is_given_and_the_nodes_words_but_not_what_it_must_not(tmp_path, monkeypatch):
+    for name, value in (("LLAMA_ARG_CTX_SIZE", "1"), ("LLAMA_API_KEY", "2"), ("SCRATCH_HERE", "/scratch")):
+        monkeypatch.setenv(name, value)
+    spoken = Spoken(tmp_path)
+    spoken.start(1, "sh", "-c", "env | grep -E '^(LLAMA|CACHE|PLAIN)'", without=["LLAMA_ARG_", "LLAMA_API_KEY"],
+                 env={"PLAIN": "$SCRATCH_HERE"}, node_env={"CACHE": "$SCRATCH_HERE/rpc"})
+    assert sorted(spoken.heard("exit", "p")["tail"]) == ["CACHE=/scratch/rpc", "PLAIN=$SCRATCH_HERE"]
+    spoken.process.communicate()

@@ -544,3 +544,66 @@ def test_columns_of_one_name_are_refused_and_long_cells_are_not(tmp_path):
         llmrun.freeze(config_for(tmp_path, "in.csv", template="{t}"), "m")
     (tmp_path / "in.csv").write_text("t\n" + "x" * 200000 + "\n")
     assert len(all_prompts(tmp_path, config_for(tmp_path, "in.csv", template="{t}"))) == 1
+
+
+def test_rows_that_are_read_together_are_each_whole(tmp_path):
+    """Neighbours are read in pieces of 64 KiB: some row crosses every edge, and one is longer than a piece."""
+    rows = [{"id": str(number), "q": f"<{number}>" + "x" * (number * 37 % 3000) + f"</{number}>"} for number in range(300)]
+    rows[150]["q"] = "<150>" + "y" * 200000 + "</150>"
+    write_jsonl(tmp_path / "in.jsonl", rows)
+    _, prompts = frozen_input(tmp_path, config_for(tmp_path, "in.jsonl", template="{q}", id_column="id"))
+    for number in [*range(300), 299, 0, 151, 150, 7]:
+        prompt = prompts.prompt(number)
+        assert (prompt.custom_id, json.loads(prompt.body)["messages"][0]["content"]) == (str(number), rows[number]["q"])
+
+
+def texts(tmp_path, *names):
+    """A folder of prompts whose text is their name."""
+    for name in names:
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name)
+    return config_for(tmp_path, "texts")
+
+
+def test_hidden_files_are_no_prompts(tmp_path):
+    config = texts(tmp_path, "b.txt", "a/c.txt", ".b.txt.swp", ".git/config", "a/.DS_Store")
+    assert [prompt.custom_id for prompt in all_prompts(tmp_path, config)] == ["a/c.txt", "b.txt"]
+
+
+def answered(run, config, prompts, *lines):
+    """The texts among the results once these lines stand in the journal."""
+    journal_of(run, "1.0.0", *lines)
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
+
+
+def test_texts_of_one_name_in_two_folders_get_two_answers(tmp_path):
+    config = texts(tmp_path, "a/x.txt", "b/x.txt")
+    config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(file_name="answer_{name}.txt"))
+    run, prompts = frozen_input(tmp_path, config)
+    found = answered(run, config, prompts, *(llmrun.journal_line(result(prompts, number, text="AB"[number])) for number in range(2)))
+    assert found == {"answer_a_x.txt.txt": "A", "answer_b_x.txt.txt": "B"}
+
+
+def test_each_sample_of_a_text_has_a_file_of_its_own(tmp_path):
+    texts(tmp_path, "a.txt", "b.txt")
+    config = config_for(tmp_path, "texts", samples=2)
+    run, prompts = frozen_input(tmp_path, config)
+    found = answered(run, config, prompts, *(llmrun.journal_line(result(prompts, number, text=str(number))) for number in range(4)))
+    assert found == {"a.1.txt": "0", "a.2.txt": "1", "b.1.txt": "2", "b.2.txt": "3"}
+
+
+def test_errors_that_were_mended_do_not_stay_beside_the_results(three):
+    config, run, prompts = three
+    journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 0, 500)))
+    assert (llmrun.write_results(run, config, llmrun.Marks(run, prompts)) / "errors.jsonl").exists()
+    journal_of(run, "2.0.0", llmrun.journal_line(result(prompts, 0)))
+    assert not (llmrun.write_results(run, config, llmrun.Marks(run, prompts)) / "errors.jsonl").exists()
+
+
+def test_failures_that_are_forgotten_are_asked_again_and_nothing_else(three):
+    _, run, prompts = three
+    journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 0)), llmrun.journal_line(result(prompts, 1, 400)))
+    marks = llmrun.Marks(run, prompts)
+    marks.forget_failures()
+    assert list(marks.state) == [marks.DONE, marks.OPEN, marks.OPEN]

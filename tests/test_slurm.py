@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import llmrun
 import pytest
@@ -152,3 +153,107 @@ def test_a_slurm_that_does_not_answer_is_not_the_users_fault():
                  "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"):
         assert isinstance(llmrun.refusal(config, said), llmrun.ClusterError)
     assert not isinstance(llmrun.refusal(config, "sbatch: error: Batch job submission failed: Some new reason"), llmrun.ClusterError)
+
+
+# ── Slurm's commands, as sites have them ───────────────────────────────────────
+
+
+def slurm_whose(tmp_path, command, *script):
+    """A Slurm one of whose commands is this shell script."""
+    (tmp_path / command).write_text("\n".join(["#!/bin/sh", *script, ""]))
+    (tmp_path / command).chmod(0o755)
+    return llmrun.Slurm({"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+
+
+def test_a_slurm_that_is_away_is_an_error_and_not_a_cluster_without_jobs(tmp_path):
+    slurm = slurm_whose(tmp_path, "squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2", "exit 1")
+    with pytest.raises(llmrun.ClusterError, match="Unable to contact slurm controller"):
+        slurm.jobs([7])
+    assert slurm.jobs([]) == {}
+
+
+def test_a_job_that_ended_is_still_told_and_its_times_are_seconds(cluster):
+    environ = dict(os.environ, **cluster.env)
+    done = subprocess.run(["sbatch", "--parsable", "--wait", "-o", "/dev/null", "-t", "5", "--wrap", "true"], env=environ, text=True,
+                          stdout=subprocess.PIPE, check=True)
+    job = llmrun.job_id_in(done.stdout)
+    slurm = llmrun.Slurm(dict(environ, SLURM_TIME_FORMAT="relative"))
+    found = slurm.jobs([job])[job]
+    assert found.state == "COMPLETED" and found.start.isdigit()
+    assert llmrun.end_of_job({}, slurm.detail(job)) < llmrun.clock() + 400
+
+
+def test_the_jobs_id_stands_below_a_sites_own_words():
+    assert llmrun.job_id_in("2026\nWelcome to cluster 9\n194;main\n") == 194
+    with pytest.raises(llmrun.ClusterError, match="did not tell its id"):
+        llmrun.job_id_in("Welcome\n")
+
+
+def test_before_a_job_wait_those_of_its_partition_with_a_higher_priority(tmp_path):
+    slurm = slurm_whose(tmp_path, "squeue", "printf 'main|5|7\\nmain|9|8\\nlow|1|3\\nmain|9|6\\nmain|10|9\\n'")
+    assert slurm.waiting_before() == {9: 0, 6: 1, 8: 2, 7: 3, 3: 0}
+
+
+def test_the_end_of_a_job_is_told_by_its_environment_or_by_slurm():
+    end = int(llmrun.time.time()) + 100
+    for found in (llmrun.end_of_job({"SLURM_JOB_END_TIME": str(end)}, "EndTime=1"), llmrun.end_of_job({}, f"x EndTime={end} y")):
+        assert 95 < found - llmrun.clock() < 105
+    assert llmrun.end_of_job({}, "EndTime=Unknown") == llmrun.math.inf
+
+
+# ── what stands in job.sh ──────────────────────────────────────────────────────
+
+
+def script_of(tmp_path, *words, **tables):
+    """A job.sh whose driver is this command."""
+    config = llmrun.build_config(llmrun.Config, tables, "c", None)
+    script = tmp_path / "job.sh"
+    script.write_text(llmrun.job_script(config, 1, "/x/o", words, sys.executable))
+    return script
+
+
+def test_what_a_run_cannot_do_without_wins_over_the_users_own_options(tmp_path):
+    theirs = ["--open-mode=truncate", "--propagate=ALL", "--signal=B:TERM@9", "--job-name=x", "--nodes=9", "--requeue"]
+    script = script_of(tmp_path, slurm={"directives": theirs, "requeue": False, "extra": {"output": "elsewhere", "comment": "x"}})
+    options = llmrun.sbatch_options(script.read_text())
+    last = dict(option[2:].partition("=")[::2] for option in options)
+    assert (last["open-mode"], last["propagate"], last["signal"]) == ("append", "NONE", "B:USR1@120")
+    assert (last["job-name"], last["nodes"], last["output"], last["comment"]) == ("llmrun", "1", "/x/o", "x")
+    assert "--no-kill" in options and options[-1] == "--no-requeue"
+
+
+def test_an_array_has_a_task_for_each_job_and_no_more_at_once_than_wanted(tmp_path):
+    def array(**slurm):
+        return [option for option in llmrun.sbatch_options(script_of(tmp_path, slurm=slurm).read_text()) if "array" in option]
+    assert array(jobs=4) == ["--array=0-3"] and array(jobs=4, max_running=2) == ["--array=0-3%2"] and array(max_running=2) == []
+
+
+def test_a_warning_that_comes_before_the_driver_listens_does_no_harm(tmp_path):
+    asks = "import signal; print(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN)"
+    script = script_of(tmp_path, "-c", asks, environment={"setup": ["kill -USR1 $$", "kill -USR1 $$"]})
+    done = subprocess.run(["bash", script], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), "ignored through exec, until the driver listens"
+
+
+def test_the_driver_takes_the_place_of_the_script(tmp_path):
+    """A site that tracks processes by cgroups sends its signals to the script's own process alone."""
+    script = script_of(tmp_path, "-c", "import os; print(os.getpid())")
+    started = subprocess.Popen(["bash", script], stdout=subprocess.PIPE, text=True)
+    assert int(started.communicate()[0]) == started.pid
+
+
+def test_a_module_that_is_missing_ends_the_job_and_is_named(tmp_path):
+    script = script_of(tmp_path, "-c", "print('went on')", environment={"modules": ["nosuch/1.0"], "setup": ["echo went on"]})
+    text = script.read_text().replace("trap '' USR1", "module() { return 1; }\ntrap '' USR1")
+    done = subprocess.run(["bash", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 3 and "module load nosuch/1.0 failed" in done.stdout and "went on" not in done.stdout
+
+
+def test_a_users_files_and_settings_do_not_reach_the_drivers_python(tmp_path):
+    for folder in (tmp_path, tmp_path / "more"):
+        folder.mkdir(exist_ok=True)
+        (folder / "secrets.py").write_text("raise SystemExit('not this one')\n")
+    script = script_of(tmp_path, "-c", "import secrets; print('went on')")
+    done = subprocess.run(["bash", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "more")})
+    assert done.stdout == "went on\n"

@@ -233,3 +233,54 @@ def test_an_end_of_waiting_is_not_lost_when_the_work_ends_with_it():
         await asyncio.wait([waiting])
         assert waiting.cancelled()
     run(work())
+
+
+def test_a_connection_that_the_server_means_to_close_is_not_used_again():
+    async def work():
+        async with server_saying(OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), OK, then="silence") as client:
+            first = await client.request("GET", "/")
+            assert first.body == b"hi" and client.idle == []
+            return await client.request("GET", "/", timeout_s=2)
+    assert run(work()).body == b"hi"
+
+
+def test_a_request_whose_answer_had_begun_is_not_sent_once_more():
+    """The engine has worked on it: whether to ask again is the pump's to say."""
+    asked = []
+
+    async def talk(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                asked.append(await reader.readuntil(b"\r\n\r\n"))
+                writer.write(OK if len(asked) == 1 else OK[:-1])
+                if len(asked) > 1:
+                    writer.close()
+                    return
+
+    async def work():
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        client = llmrun.Client("127.0.0.1", server.sockets[0].getsockname()[1])
+        await client.request("GET", "/")
+        with pytest.raises(llmrun.WireError, match="broke"):
+            await client.request("GET", "/", timeout_s=2)
+        client.close()
+        server.close()
+    run(work())
+    assert len(asked) == 2
+
+
+def test_requests_of_one_moment_get_each_their_own_answer():
+    async def work():
+        async def answer(request):
+            await asyncio.sleep(0.01)
+            return llmrun.http_response(200, request.path)
+        server = await llmrun.serve_http("127.0.0.1", 0, answer)
+        client = llmrun.Client("127.0.0.1", server.sockets[0].getsockname()[1])
+        await client.request("GET", "/first")  # its connection rests
+        paths = [f"/{number}" for number in range(20)]
+        answers = await asyncio.wait_for(asyncio.gather(*(client.request("GET", path) for path in paths)), 3)
+        client.close()
+        server.close()
+        return paths, [message.json() for message in answers]
+    paths, answers = run(work())
+    assert answers == paths

@@ -531,3 +531,52 @@ def test_no_prompt_is_sent_while_results_cannot_be_written():
         group.client.close()
         engine.server.close()
     asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def test_an_answer_of_several_lines_is_one_line_of_the_journal():
+    body = b'{\n  "choices": [{"message": {"content": "a\\nb"}}]\n}\n'
+    status, line, answer, error, _ = llmrun.reply_of(llmrun.Message(llmrun.parse_head(b"HTTP/1.1 200 OK", True), body))
+    assert status == 200 and error is None and b"\n" not in line
+    assert llmrun.answer_of(json.loads(line))["answer"] == llmrun.answer_of(answer)["answer"] == "a\nb"
+
+
+def test_a_prompt_that_reached_nobody_has_used_no_attempt(monkeypatch):
+    """An engine that starts again, or has no room for a connection, costs no prompt its tries."""
+    monkeypatch.setattr(llmrun, "MAX_ATTEMPTS", 2)
+    engine = Engine(2)
+
+    async def work():
+        client = await engine.start()
+        engine.server.close()
+        await engine.server.wait_closed()
+        group, results = Group(0, engine, client), []
+        pump = llmrun.Pump(taken_from(range(5)), read, results.extend, llmrun.math.inf)
+        running = asyncio.ensure_future(pump.run([(group, asyncio.ensure_future(asyncio.sleep(0)))]))
+        await asyncio.sleep(0.5)
+        assert not results
+        engine.server = await asyncio.start_server(engine.talk, "127.0.0.1", client.port)
+        await running
+        client.close()
+        engine.server.close()
+        return results
+    results = asyncio.run(asyncio.wait_for(work(), 20))
+    assert_each_once(results, 5)
+    assert all(result.ok and result.attempts == 1 for result in results)
+
+
+def test_a_line_that_a_full_disk_tore_is_written_again_elsewhere(tmp_path, monkeypatch):
+    """What follows in the same file would be one line with the torn one."""
+    run, prompts = sixty(tmp_path)
+    for name in ("SYNC_AFTER_S", "AGAIN_AFTER_S", "WRITE_AFTER_S"):
+        monkeypatch.setattr(llmrun.Journal, name, 0.01)
+    journal = llmrun.Journal(run, run.new_life(0, 0))
+
+    async def work():
+        for number in range(3):
+            journal.add(result_of(prompts, number))
+            await asyncio.sleep(0.15)  # it is written and synced, or fails and is written again
+    with monkeypatch.context() as patch:
+        patch.setattr(llmrun, "os", Disk(lambda calls, name: name == "write" and calls == 2))
+        asyncio.run(work())
+        journal.close()
+    assert llmrun.Marks(run, prompts).count(llmrun.Marks.DONE) == 3

@@ -1,0 +1,92 @@
+"""What users type, beyond a run that goes well."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import wait_for
+
+
+@pytest.fixture
+def here(here):
+    """A user without Slurm whose engine only repeats."""
+    here.config(engine={"name": "echo"})
+    return here
+
+
+def test_a_dry_run_prints_the_script_and_makes_nothing(here):
+    said = here.llmrun("submit", "config.json", "--dry-run")
+    assert said.startswith("#!/bin/bash") and "#SBATCH --time=00:10:00" in said and not (here.folder / "runs").exists()
+
+
+def test_init_overwrites_nothing(here):
+    here.llmrun("init", "new")
+    config = here.folder / "new" / "config.toml"
+    config.write_text("mine")
+    (here.folder / "new" / "prompts" / "system.txt").unlink()
+    assert "config.toml: is already there" in here.llmrun("init", "new", code=2)
+    assert config.read_text() == "mine" and not (here.folder / "new" / "prompts" / "system.txt").exists()
+
+
+def test_nodes_that_cannot_be_split_among_the_replicas_are_refused(here):
+    said = here.llmrun("run", "config.json", "--set", "slurm.nodes=3", "--set", "engine.replicas=2", code=2)
+    assert "3 nodes cannot be split into 2 equal groups" in said and "a multiple of 2" in said and not here.runs()
+
+
+def test_the_reader_of_a_command_may_leave(here):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "llmrun.py", "help", "config"], cwd=here.folder, env=here.env, text=True, stdout=write,
+                          stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_newest_run_is_meant_and_its_counts_are_those_of_the_journal(here):
+    here.llmrun("run", "config.json", "--set", "name=first")
+    here.llmrun("run", "config.json", "--set", "name=second")
+    assert here.llmrun("status").count("done") == 2
+    assert json.loads(here.llmrun("results", "--json").splitlines()[0])["custom_id"] == "part0/000.txt"
+    newest = max(here.runs(), key=lambda run: run.name.startswith("second"))
+    for path in (*here.runs(), here.folder / "runs"):
+        os.utime(path)  # a look into a folder does not make it newer
+    assert newest.name in here.llmrun("logs", "--json") and "second" in here.llmrun("cancel")
+    summary = json.loads((newest / "summary.json").read_text())
+    lines = [json.loads(line) for path in newest.glob("journal/*.jsonl") for line in path.read_text().splitlines()]
+    assert summary["answered"] == len(lines) == 6 and summary["failed"] == 0
+    assert summary["completion_tokens"] == sum(line["response"]["body"]["usage"]["completion_tokens"] for line in lines)
+
+
+def test_run_passes_on_that_it_was_told_to_end(here):
+    here.config(engine={"args": ["5"]})
+    running = here.start("run", "config.json")
+    here.wait_for_event("ready")
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=10)
+    assert running.returncode == 4
+    here.assert_nothing_left(5)
+    assert here.ends()[0]["code"] == 4
+
+
+def test_a_run_whose_answers_are_all_empty_has_not_gone_well(here, engine):
+    here.config(engine={"name": "llama.cpp"}, environment={"vars": {"FAKE_LLAMA_EMPTY": "1"}})
+    said = here.llmrun("run", "config.json", code=1)
+    wait_for("the summary", (here.run / "summary.json").exists)
+    assert "answers are empty" in said + json.loads((here.run / "summary.json").read_text())["why"]
+
+
+def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
+    here.config(engine={"name": "llama.cpp"})
+    asked = here.folder / "prompts" / "part0" / "000.txt"
+    asked.write_text("word " * 5000)
+    here.llmrun("run", "config.json", code=1)
+    failed, = map(json.loads, here.llmrun("results", "--failed", "--json").splitlines())
+    assert failed["custom_id"] == "part0/000.txt" and not failed["llmrun"]["ok"]
+    assert len(here.llmrun("results", "--json").splitlines()) == 6
+    here.llmrun("resume", "--failed", code=1)
+    names = [line["custom_id"] for line in here.journal()]
+    assert len(names) == 7 and names.count("part0/000.txt") == 2
+    assert json.loads((here.run / "summary.json").read_text())["failed"] == 1

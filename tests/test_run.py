@@ -1,0 +1,192 @@
+"""A run's folder: who may read it, what is written how; and where a run stands, by its events and Slurm's word."""
+
+import json
+import os
+import socket
+import time
+
+import llmrun
+import pytest
+
+# ── the disk that drivers share ────────────────────────────────────────────────
+
+
+def test_a_file_for_appending_was_nobodys_before(tmp_path):
+    disk = llmrun.Disk()
+    disk.close(disk.create(tmp_path / "segment"))
+    with pytest.raises(FileExistsError):
+        disk.create(tmp_path / "segment")
+
+
+def test_what_the_disk_took_in_parts_is_whole(tmp_path, monkeypatch):
+    write, disk = os.write, llmrun.Disk()
+    file = disk.create(tmp_path / "segment")
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:3]))
+    disk.append(file, b"a whole line\n")
+    monkeypatch.undo()
+    disk.close(file)
+    assert (tmp_path / "segment").read_bytes() == b"a whole line\n"
+
+
+def test_only_one_gets_a_new_file_and_nothing_else_is_left(tmp_path):
+    disk = llmrun.Disk()
+    assert [disk.put_new(tmp_path / "0.0", life) for life in (b"1.0.0", b"2.0.0")] == [True, False]
+    assert (tmp_path / "0.0").read_bytes() == b"1.0.0" and os.listdir(tmp_path) == ["0.0"]
+
+
+# ── the folder ─────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of ten prompts."""
+    (tmp_path / "in.jsonl").write_text("".join(f'{{"x": "{number}"}}\n' for number in range(10)))
+    config = llmrun.build_config(llmrun.Config, {
+        "engine": {"name": "echo"}, "run_dir": str(tmp_path / "runs"),
+        "prompts": {"user": str(tmp_path / "in.jsonl"), "template": "{x}"}}, "config.toml", None)
+    return llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
+
+
+def test_a_run_is_its_users_alone(run):
+    assert run.folder.stat().st_mode & 0o777 == 0o700 and run.key_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_two_runs_of_one_moment_have_each_a_folder(tmp_path):
+    folders = [llmrun.new_folder(tmp_path, "test-20261121-170509") for _ in range(3)]
+    assert [folder.name[4:] for folder in folders] == ["-20261121-170509", "-20261121-170509-2", "-20261121-170509-3"]
+
+
+def test_the_frozen_program_is_the_one_that_submitted(run, tmp_path, monkeypatch):
+    (tmp_path / "llmrun.py").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    again = llmrun.create_run(run.config(), llmrun.freeze(run.config(), "m"), lambda run: "")
+    with open(llmrun.__file__, "rb") as file:
+        assert again.script.read_bytes() == file.read()
+
+
+def tell(run, life, *events):
+    """Write what happened in a life."""
+    with open(run.events_file(life), "a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def started(job=7, at=100.0, **facts):
+    """The first event of a driver that lives, here, unless the facts say otherwise."""
+    pid = os.getpid()
+    return {"event": "start", "time": at, "job": job, "submitted": job, "nodes": ["n1"], "pid": pid,
+            "born": llmrun.process_birth(pid), "host": socket.gethostname(), **facts}
+
+
+def progressed(answers, failed=0, tokens=0, working_s=2.0, at=110.0):
+    return {"event": "progress", "time": at, "answers": answers, "own_failed": failed, "tokens": tokens, "working_s": working_s}
+
+
+def ended(code=0, at=120.0, done=10, answered=10):
+    return {"event": "end", "time": at, "code": code, "why": "", "next": "", "answered": answered, "own_failed": 0, "done": done,
+            "failed": 0}
+
+
+LIFE = llmrun.Life(7, 0, 0)
+
+
+def test_what_a_life_tells_later_is_seen_later(run):
+    tell(run, LIFE, started())
+    assert len(run.events(LIFE)) == 1
+    tell(run, LIFE, progressed(3))
+    assert run.progress(LIFE)["answers"] == 3
+
+
+def test_a_torn_word_on_progress_does_not_hide_the_one_before(run):
+    tell(run, LIFE, started(), progressed(3))
+    with open(run.events_file(LIFE), "a") as file:
+        file.write('{"event": "progress", "answers": 4')
+    assert run.progress(LIFE)["answers"] == 3
+
+
+def test_an_event_behind_a_torn_one_is_whole(run, monkeypatch):
+    life, write = run.new_life(7, 0), os.write
+    events = llmrun.Events(run, life)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:10]))  # the disk is full
+        events.write("start")
+    events.write("end")
+    assert [event["event"] for event in run.events(life)] == ["end"]
+
+
+# ── where it stands ────────────────────────────────────────────────────────────
+
+
+def slurm_says(state, job=7, reason="None"):
+    return {job: llmrun.Job(str(job), state, reason, "N/A", "N/A", "5:00", "n1")}
+
+
+def stands(run, jobs=None):
+    return llmrun.state_of(run, jobs or {}, None)
+
+
+def test_a_process_that_got_a_dead_drivers_number_is_not_the_driver(run):
+    tell(run, LIFE, started(born=1))
+    assert stands(run)["state"] == "killed" and stands(run)["exit_code"] == 3
+
+
+@pytest.mark.parametrize("state, words", [
+    ("TIMEOUT", "the time limit came"), ("NODE_FAIL", "a node failed"), ("OUT_OF_MEMORY", "out of memory"), ("PREEMPTED", "preempted")])
+def test_a_driver_elsewhere_whose_job_has_ended_was_killed_and_by_what(run, state, words):
+    tell(run, LIFE, started(host="elsewhere"))
+    assert stands(run, slurm_says("RUNNING"))["exit_code"] is None
+    found = stands(run, slurm_says(state))
+    assert found["state"] == "killed" and words in found["detail"]
+
+
+def test_speed_and_the_time_that_is_left_are_of_all_lives(run):
+    for job in (7, 8):
+        tell(run, llmrun.Life(job, 0, 0), started(job), progressed(3, failed=1, tokens=8))
+    found = stands(run)
+    assert (found["done"], found["failed"], found["tokens_per_s"], found["left_s"]) == (4, 2, 8.0, 1)
+    assert found["jobs"] == 2 and found["nodes"] == ["n1", "n1"]
+
+
+def test_what_two_lives_answered_counts_once_at_most(run):
+    for job in (7, 8):
+        tell(run, llmrun.Life(job, 0, 0), started(job), progressed(8))
+    assert stands(run)["done"] == 10
+
+
+def test_a_jobs_latest_life_has_the_last_word(run):
+    tell(run, llmrun.Life(7, 1, 0), started(at=300.0), dict(ended(3, at=310.0, done=4, answered=1), why="the engine broke"))
+    tell(run, llmrun.Life(7, 0, 0), started(at=100.0), dict(ended(4, done=3, answered=3), next="requeued"))
+    found = stands(run)
+    assert (found["exit_code"], found["detail"], found["done"]) == (3, "the engine broke", 4)
+
+
+def test_a_run_is_done_though_an_old_driver_hangs(run):
+    tell(run, llmrun.Life(7, 0, 0), started(7), progressed(2))
+    tell(run, llmrun.Life(8, 0, 0), started(8, at=105.0), ended())
+    assert stands(run)["state"] == "done" and stands(run)["exit_code"] == 0
+    tell(run, llmrun.Life(9, 0, 0), started(9, at=130.0))
+    assert stands(run)["exit_code"] is None, "a driver that began after that end"
+
+
+def test_slurm_is_not_asked_at_every_look(run, monkeypatch):
+    asked, now = [], [1000.0]
+
+    class Slurm:
+        def jobs(self, ids):
+            asked.append(ids)
+            return slurm_says("RUNNING")
+    monkeypatch.setattr(llmrun, "clock", lambda: now[0])
+    tell(run, LIFE, started())
+    look = llmrun.state_watch(run, Slurm())
+    for _ in range(100):
+        look()
+        now[0] += 0.3
+    assert len(asked) == 2, "sites ban who asks more often than every 15 s"
+
+
+@pytest.mark.parametrize("reason, words", [("BeginTime", "about two minutes"), ("PartitionTimeLimit", "never start"), ("NewOne", "NewOne")])
+def test_why_a_job_waits_is_said_in_words(run, reason, words):
+    run.record_submit(7, shape=0)
+    found = stands(run, slurm_says("PENDING", reason=reason))
+    assert found["state"] == "pending" and words in found["detail"] and found["exit_code"] is None
+    job = slurm_says("PENDING")[7]._replace(start=str(int(time.time())), ahead=3)
+    assert "3 waiting jobs" in llmrun.pending_words(job) and "expected to start" in llmrun.pending_words(job)
