@@ -55,13 +55,13 @@ def test_a_driver_that_was_told_to_end_is_followed_by_none(supervised):
 
 def test_a_driver_that_works_shows_the_others_that_it_lives():
     beats, looks = [], []
-    claims = types.SimpleNamespace(LOOK_S=0.01, BEAT_S=0.05, finished=False, beat=lambda: beats.append(1), look=list,
-                                   watch_beats=lambda: looks.append(1))
-    pump = types.SimpleNamespace(ends_at=llmrun.math.inf, first_sent=1.0, wake_all=list)
-    orders = types.SimpleNamespace(allocation=types.SimpleNamespace(job=0))
+    claims = types.SimpleNamespace(BEAT_S=0.05, finished=False, beat=lambda: beats.append(1), look=list, watch_beats=lambda: looks.append(1))
+    prompts = llmrun.Prompts(None, None, claims, None, None)
+    prompts.pump, prompts.TEND_S = types.SimpleNamespace(first_sent=1.0, wake_all=list), 0.01
+    orders = types.SimpleNamespace(driver=types.SimpleNamespace(ends_at=llmrun.math.inf))
 
     async def work():
-        async with llmrun.tending(claims, pump, orders):
+        async with llmrun.tending(prompts, orders):
             await asyncio.sleep(0.4)
     asyncio.run(work())
     assert 2 <= len(beats) == len(looks) <= 8
@@ -69,26 +69,41 @@ def test_a_driver_that_works_shows_the_others_that_it_lives():
 
 def test_what_is_told_as_done_is_written_before():
     order = []
-    pump, marks = types.SimpleNamespace(first_sent=None), types.SimpleNamespace(count=lambda state: 0, state=b"", DONE=2, FAILED=1)
-    journal, tally = types.SimpleNamespace(write=lambda: order.append("written")), llmrun.Tally()
+    claims = types.SimpleNamespace(marks=types.SimpleNamespace(count=lambda state: 0, state=b""))
+    journal = types.SimpleNamespace(write=lambda: order.append("written"))
+    prompts = llmrun.Prompts(None, None, claims, journal, lambda event, **facts: order.append((event, facts["answers"])))
+    prompts.pump = types.SimpleNamespace(first_sent=None)
 
     async def work():
-        async with llmrun.progress(pump, journal, tally, marks, lambda event, **facts: order.append((event, facts["answers"]))):
+        async with prompts.reporting():
             await asyncio.sleep(0.01)
-            tally.answers = 3
+            prompts.tally.answers = 3
     asyncio.run(work())
     assert order == ["written", ("progress", 0), "written", ("progress", 3)]
 
 
-@pytest.mark.parametrize("detail, left_s, words, goes_on, following", [
-    ("JobState=COMPLETING Restarts=1", 100, "for another job", False, "requeued"),
-    ("JobState=RUNNING Restarts=0 PreemptTime=1700000000", 100, "preempted", True, ""),
-    ("JobState=COMPLETING Restarts=0 PreemptTime=None", -5, "the time limit came", True, ""),
-    ("JobState=COMPLETING Restarts=0 PreemptTime=None", 100, "cancelled", False, ""), ("", 100, "cancelled", False, "")])
-def test_what_an_end_by_term_means_is_read_from_slurms_word(monkeypatch, detail, left_s, words, goes_on, following):
-    monkeypatch.setattr(llmrun.Slurm, "detail", lambda slurm, job: detail)
-    why, may, after = llmrun.after_term(llmrun.Allocation(7, 0, ["n1"], {}, llmrun.clock() + left_s, False, 7))
-    assert words in why and (may, after) == (goes_on, following)
+@pytest.mark.parametrize("detail, left_s, words, goes_on, requeued", [
+    ("JobState=COMPLETING Restarts=1", 100, "cancelled", False, True),
+    ("JobState=RUNNING Restarts=0 PreemptTime=1700000000", 100, "preempted", True, False),
+    ("JobState=COMPLETING Restarts=0 PreemptTime=None", -5, "the time limit came", True, False),
+    ("JobState=COMPLETING Restarts=0 PreemptTime=None", 100, "cancelled", False, False), ("", 100, "cancelled", False, False)])
+def test_what_an_end_by_term_means_is_read_from_slurms_word(detail, left_s, words, goes_on, requeued):
+    stop = llmrun.what_term_meant(detail, llmrun.clock() + left_s)
+    assert words in stop.why and stop.go_on == goes_on and llmrun.was_requeued(detail, 0) == requeued
+
+
+def test_the_end_that_term_is_measured_by_moves_with_a_suspension(monkeypatch):
+    """A job that was suspended for an hour, and is cancelled after the end that it had at its start, was cancelled."""
+    monkeypatch.setattr(llmrun, "end_of_job", lambda environ, detail: llmrun.clock() + 3600)
+    allocation = llmrun.Allocation(7, 0, ["n1"], {}, llmrun.clock() + 0.2, False, 7)
+    driver = llmrun.Driver(None, None, 0, llmrun.Life(7, 0, 0), allocation, lambda *told, **facts: None)
+
+    async def work():
+        orders = llmrun.Orders(driver, llmrun.Work())
+        orders.detail = lambda: asyncio.sleep(0, "")
+        await orders.look_at_the_end()
+    asyncio.run(work())
+    assert not llmrun.what_term_meant("Restarts=0", driver.ends_at).go_on and driver.ends_at > allocation.ends_at + 3000
 
 
 def test_a_run_that_may_not_be_requeued_says_how_to_go_on(site_on):

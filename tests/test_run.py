@@ -121,7 +121,7 @@ def slurm_says(state, job=7, reason="None"):
 
 
 def stands(run, jobs=None):
-    return llmrun.state_of(run, jobs or {}, None)
+    return llmrun.state_of(run, jobs or {})
 
 
 def test_a_process_that_got_a_dead_drivers_number_is_not_the_driver(run):
@@ -181,6 +181,39 @@ def test_slurm_is_not_asked_at_every_look(run, monkeypatch):
         look()
         now[0] += 0.3
     assert len(asked) == 2, "sites ban who asks more often than every 15 s"
+
+
+def test_a_life_that_another_has_followed_is_over_whatever_slurm_says_of_their_job(run):
+    """A lost node's driver says nothing of its end, and the job runs again, under the same id and elsewhere."""
+    tell(run, llmrun.Life(7, 0, 0), started(host="there", nodes=["n1"]), progressed(3))
+    waits = stands(run, slurm_says("PENDING", reason="BeginTime"))
+    assert waits["state"] == "pending" and waits["nodes"] == [] and waits["exit_code"] is None
+    tell(run, llmrun.Life(7, 1, 0), started(at=200.0, host="elsewhere", nodes=["n2"]))
+    runs = stands(run, slurm_says("RUNNING"))
+    assert (runs["nodes"], runs["jobs"], runs["state"], runs["done"]) == (["n2"], 1, "starting", 3)
+    assert stands(run, slurm_says("COMPLETING"))["state"] == "starting"
+
+
+@pytest.mark.parametrize("in_slurm, before, after", [
+    *((state, "pending", "pending") for state in ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")),
+    ("CONFIGURING", "starting", "answering"), *((state, "starting", "answering") for state in ("RUNNING", "RESIZING", "SIGNALING")),
+    *((state, "starting", "suspended") for state in ("SUSPENDED", "STOPPED")),
+    *((state, "starting", "answering") for state in ("COMPLETING", "STAGE_OUT")),
+    *((state, "failed", "killed") for state in llmrun.ENDED_STATES)])
+def test_each_state_that_slurm_shows_has_its_word(run, in_slurm, before, after):
+    """Of a job that has not begun, and of one whose driver said last that it answers."""
+    run.record_submit(7, shape=0)
+    jobs = slurm_says(in_slurm, reason="None")
+    assert stands(run, jobs)["state"] == before and (stands(run, jobs)["exit_code"] is None) == (before != "failed")
+    tell(run, LIFE, started(host="elsewhere"), {"event": "ready", "time": 101.0})
+    assert stands(run, jobs)["state"] == after and (stands(run, jobs)["exit_code"] is None) == (after != "killed")
+
+
+@pytest.mark.parametrize("state, words", [("CONFIGURING", "being made ready"), ("REQUEUE_HOLD", "`scontrol release` lets it go"),
+                                          ("RESV_DEL_HOLD", "administrator")])
+def test_what_keeps_a_job_is_said(run, state, words):
+    run.record_submit(7, shape=0)
+    assert words in stands(run, slurm_says(state, reason="None"))["detail"]
 
 
 @pytest.mark.parametrize("reason, words", [("BeginTime", "about two minutes"), ("PartitionTimeLimit", "never start"), ("NewOne", "NewOne")])
