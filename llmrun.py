@@ -3335,8 +3335,9 @@ class Replica:
         ends = [ended for _, _, ended in running]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(ends, timeout=0.3)  # a server may be told of before the worker of whose death it died
-        node, _, ended = next(one for one in running if one[2].done())  # workers first: a server ends because of them
-        ended = ended.result()
+        # Workers first: a server ends because of them; but one that is cut off by its server's death is no cause.
+        over = [(node, ended.result()) for node, _, ended in running if ended.done()]
+        node, ended = min(over, key=lambda one: one[1].code == -signal.SIGPIPE)
         if ended.code is None:
             return NodeLost(ended.node, f"the node was lost, and {ended.process} with it",
                             "it failed, or was taken away")
@@ -5300,8 +5301,9 @@ def drive(run, allocation, shape=0, work=Prompts, **wishes):
             stop = asyncio.run(driver.live(begun))
     except Exception as error:
         stop = stop_of(error, run)
-    for late in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+    for late in LATE_SIGNALS:
         signal.signal(late, signal.SIG_IGN)  # signals come twice; what is left is quick and must be whole
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATE_SIGNALS)
     ending = driver.finish(begun, stop) if begun else stop.leads_to()
     tell("end", **ending._asdict(), **(begun.counts() if begun else {}))
     return ending.code
@@ -5317,6 +5319,7 @@ def stop_of(error, run):
     return Stop(CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it")
 
 
+LATE_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 ENGINE_LINES = 200  # of an engine's log are told in the events of a life
 
 
@@ -5363,6 +5366,8 @@ class Driver:
             if not isinstance(error, NodeLost):
                 raise
             return Stop(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, LATE_SIGNALS)  # the end of the loop gives them back to the system
         return Stop(DONE) if work.finished else orders.drained
 
     def agent_command(self, name):

@@ -385,3 +385,17 @@ def test_a_worker_that_dies_at_the_work_is_the_cause_not_the_server_that_follows
         return await replica.failure()
     said = [str(asyncio.run(first_words())) for _ in range(5)]
     assert all("rpc on node-of-rpc" in line and "[slurm] mem" in line for line in said), said
+
+
+def test_a_worker_that_dies_of_its_servers_death_is_not_the_cause():
+    """A real worker whose server is killed writes to a closed connection."""
+    async def first_words():
+        loop = asyncio.get_running_loop()
+        replica = llmrun.Replica(0, types.SimpleNamespace(), [], lambda *told, **facts: None)
+        for name, code, tail in (("rpc", -13, ["Accepted client connection"]), ("llama-server", -9, ["loading"])):
+            ended = loop.create_future()
+            ended.set_result(llmrun.Exit(name, f"node-of-{name}", code, tail))
+            replica.running.append((None, None, ended))
+        return await replica.failure()
+    error = asyncio.run(first_words())
+    assert str(error).startswith("llama-server on node-of-llama-server") and error.killed, error

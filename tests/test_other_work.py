@@ -63,6 +63,39 @@ def test_a_server_goes_on_through_more_time_slots_than_may_be_fruitless(site_on)
     site.assert_nothing_left(10)
 
 
+LATE = """\
+import asyncio, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import llmrun
+
+run_loop = asyncio.run
+
+
+def run_and_be_told_to_end(work):
+    try:
+        return run_loop(work)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Short(llmrun.Work):
+    async def do(self, pairs, ends_at):
+        self.finished = True
+
+
+asyncio.run = run_and_be_told_to_end
+sys.exit(llmrun.drive(llmrun.Run(sys.argv[1]), llmrun.find_allocation({}, 1), 0, Short))
+"""
+
+
+def test_a_signal_between_the_work_and_its_last_word_changes_nothing(here):
+    """The loop gives the signals back to the system as it ends, and there each of them would kill."""
+    run = llmrun.make_run(llmrun.prepare(here.config(engine={"name": "echo"}), []))
+    done = subprocess.run([sys.executable, "-c", LATE, str(run.folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    assert [(end["code"], end["why"]) for end in here.ends()] == [(0, "")]
+
+
 def life_with(run, restart, *events):
     """A life that is over, with these events after its start."""
     life = run.new_life(7, restart)
