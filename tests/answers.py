@@ -47,7 +47,8 @@ def questions(folder, config):
     """{custom_id: Question} of all that this config in this folder asks."""
     prompts, asked = config["prompts"], {}
     engine = config.get("engine", {}).get("name", "llama.cpp")
-    model = config["model"].get("name") or os.path.basename(config["model"].get("path", "")) or engine
+    model = config.get("model", {})
+    model = model.get("name") or os.path.basename(model.get("path", "")) or engine
     base = {"model": model, **prompts.get("params", {})}
     system = text_of(folder, prompts.get("system", ""))
     template = text_of(folder, prompts.get("template", ""))

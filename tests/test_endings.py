@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import llmrun
 import pytest
+from answers import check_run, questions
 from conftest import Site, wait_for
 from fake_slurm.cluster import FakeCluster
 
@@ -22,6 +24,7 @@ def tracked(request, tmp_path, engine):
         site = Site(tmp_path / "home", cluster, engine)
         site.config()
         yield site
+        site.assert_answers()
 
 
 def test_scancel_leaves_nothing_on_either_kind_of_site(tracked):
@@ -176,7 +179,12 @@ def test_the_demo_needs_nothing_but_the_file(tmp_path):
     done = subprocess.run([sys.executable, "llmrun.py", "demo"], cwd=tmp_path, text=True, stdout=subprocess.PIPE, timeout=30,
                           stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
-    assert "All 12 prompts are answered" in done.stdout and "Why is the sky blue?" in done.stdout
+    assert "All 12 prompts are answered" in done.stdout
+    folder = tmp_path / "llmrun-demo"
+    config, run = json.loads((folder / "config.json").read_text()), next(folder.glob("runs/*"))
+    check_run(run, folder, config, questions(folder, config))
+    for path in folder.glob("prompts/*"):
+        assert re.search(rf"(?m)^{path.name}\t.*\t{re.escape(path.read_text())}", done.stdout), "each answer stands beside its name"
     record = subprocess.run([sys.executable, "llmrun.py", "status", "--runs", "llmrun-demo/runs", "--json"], cwd=tmp_path,
                             text=True, stdout=subprocess.PIPE)
     assert json.loads(record.stdout)[0]["done"] == 12

@@ -102,8 +102,9 @@ def test_an_engine_that_died_is_started_again(site_on, victim):
     os.kill(site.process(victim), signal.SIGKILL)
     site.ended()
     died, = [event["why"] for event in site.events() if event["event"] == "engine_died"]
+    follows = r"|rpc on .* \(was killed by SIGPIPE\)" * site.real  # a real worker that answers a dead server dies of it
     program = "llama-server" if "llama" in victim else "rpc"
-    assert re.match(f"{program} on .*: .*most likely for memory \\(was killed by SIGKILL\\)", died), died
+    assert re.match(rf"{program} on .*: .*most likely for memory \(was killed by SIGKILL\){follows}", died), died
     assert len(site.lives()) == 1 and len([e for e in site.events() if e["event"] == "ready"]) == 2
     assert len(site.journal()) == SOME, "no prompt was answered twice"
 
@@ -195,7 +196,8 @@ def test_waiting_tasks_are_cancelled_when_the_work_is_done(site_on):
         return subprocess.run(["squeue", "-h", "-r", "-o", "%T", *options], env=site.env, stdout=subprocess.PIPE, text=True).stdout
     wait_for("the queue to be empty", lambda: not queue())
     assert len(site.lives()) == 1, "none of the others began"
-    assert sorted(queue("-t", "all").split()) == ["CANCELLED"] * 5 + ["COMPLETED"]
+    others = 1 if REAL else 5  # a real Slurm keeps those of an array that never began as one
+    assert sorted(queue("-t", "all").split()) == ["CANCELLED"] * others + ["COMPLETED"]
 
 
 def test_another_job_of_another_shape_joins(site_on):

@@ -279,30 +279,40 @@ def test_draining_does_not_wait_for_an_engine_that_starts_again(monkeypatch):
     assert took < 5 and len(results) >= 4
 
 
-def test_a_suspect_whose_node_is_lost_is_asked_by_another():
-    """It was asked alone, and its replica is gone for good: its prompt, and the other suspects, are not."""
-    engines = [Engine(2, 1000), Engine(2)]
+def test_a_suspect_whose_node_is_lost_is_asked_by_another(monkeypatch):
+    """Two engines died with the same prompts under way, so these are asked alone; then that replica is gone for good,
+    and neither the one that it was asked just then nor the others are lost."""
+    monkeypatch.setattr(llmrun.Pump, "DEATH_PAUSE_S", 0.01)
+    engines, lost = [Engine(2, 1000), Engine(2)], []
 
-    async def lose(pump, groups, results):
-        while not engines[0].asked:
+    async def recover(group, error):
+        group.failed, group.client = asyncio.get_running_loop().create_future(), await group.engine.start()
+    monkeypatch.setattr(Group, "recover", recover)
+
+    async def asked(count):
+        while len(engines[0].asked) < count:
             await asyncio.sleep(0.005)
-        groups[0].failed.set_result(llmrun.NodeLost("node1", "the node was lost", ""))
+
+    async def die_twice_and_be_lost(group):
+        for count in (4, 8):
+            await asked(count)
+            group.fail()
+        await asked(9)
+        await asyncio.sleep(0.6)  # any other would have its turn by then
+        lost.append(len(engines[0].asked))
+        group.failed.set_result(llmrun.NodeLost("node1", "the node was lost", ""))
 
     async def work():
         groups = [Group(number, engine, await engine.start()) for number, engine in enumerate(engines)]
         results = []
         pump = llmrun.Pump(taken_from(range(5)), read, results.extend, llmrun.math.inf)
-        pump.suspects.extend([(read(98), 2), (read(99), 2)])
-        pump.unfinished = 2
-        losing = asyncio.ensure_future(lose(pump, groups, results))
-        pairs = [(group, asyncio.ensure_future(asyncio.sleep(0.3 * group.number))) for group in groups]
-        await pump.run(pairs)
-        losing.cancel()
+        late = asyncio.ensure_future(die_twice_and_be_lost(groups[0]))
+        await pump.run([(groups[0], asyncio.ensure_future(asyncio.sleep(0))), (groups[1], late)])
         for group in groups:
             group.client.close()
             group.engine.server.close()
-        assert sorted(result.prompt.key[1] for result in results) == [0, 1, 2, 3, 4, 98, 99]
-        assert_own_answers(results)
+        assert lost == [9], "only one was asked by then"
+        assert_each_once(results, 5)
     asyncio.run(asyncio.wait_for(work(), 20))
 
 
