@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import llmrun
 import pytest
@@ -263,3 +264,19 @@ def test_a_process_sees_what_it_is_given_and_the_nodes_words_but_not_what_it_mus
                  env={"PLAIN": "$SCRATCH_HERE"}, node_env={"CACHE": "$SCRATCH_HERE/rpc"})
     assert sorted(spoken.heard("exit", "p")["tail"]) == ["CACHE=/scratch/rpc", "PLAIN=$SCRATCH_HERE"]
     spoken.process.communicate()
+
+
+def test_what_a_site_says_among_an_agents_words_is_logged_and_ends_no_hearing(tmp_path, capfd):
+    async def work():
+        node = llmrun.Node("n1", [], {}, tmp_path / "log", lambda event, **facts: None, 5)
+        lines = asyncio.StreamReader()
+        node.channel = types.SimpleNamespace(stdout=lines)
+        lines.feed_data(b'Welcome!\n[1]\n3\n\xff\n{"exit": "nobody"}\n{"hello": {"node": "n1"}}\n')
+        hearing = asyncio.ensure_future(node.listen())
+        facts = await asyncio.wait_for(asyncio.shield(node.facts), 2)
+        assert not hearing.done() and not node.lost.done()
+        lines.feed_eof()
+        await asyncio.wait_for(hearing, 2)
+        return facts, node.lost.result()
+    assert asyncio.run(work()) == ({"node": "n1"}, "its agent ended")
+    assert "n1: Welcome!" in capfd.readouterr().err

@@ -146,3 +146,15 @@ def test_the_users_own_llama_settings_reach_no_process_unasked(obeyed):
         seen = [name for name in ("LLAMA_ARG_CTX_SIZE", "LLAMA_API_KEY", "HOME") if not name.startswith(tuple(process.without))]
         assert seen == (["LLAMA_ARG_CTX_SIZE", "LLAMA_API_KEY", "HOME"] if obeyed else ["HOME"])
         assert ("XDG_CONFIG_HOME" in process.env) == (process.name == "llama-server" and not obeyed)
+
+
+def test_an_engine_that_ends_while_it_loads_ends_the_wait(replica):
+    async def work():
+        ended = asyncio.get_running_loop().create_future()
+        replica.running = [(None, types.SimpleNamespace(name="server"), ended)]
+        waiting = asyncio.ensure_future(replica.unless_failed(asyncio.get_running_loop().create_future()))
+        await asyncio.wait([waiting], timeout=0.05)
+        ended.set_result(llmrun.Exit("llama-server", "n1", -11, []))
+        await asyncio.wait_for(waiting, 2)
+    with pytest.raises(llmrun.EngineFailed, match="llama-server on n1: it crashed .*SIGSEGV"):
+        asyncio.run(work())
