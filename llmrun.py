@@ -1083,7 +1083,7 @@ def plan_nodes(config):
     if not nodes:
         raise config.error("model.vram_per_node", "less than the engine itself needs",
                            "write the memory of a whole node")
-    return Plan(nodes, model, kv_bytes)
+    return Plan(nodes * config.engine.replicas, model, kv_bytes)
 
 
 def nodes_for(size_bytes, node_bytes):
@@ -5088,18 +5088,21 @@ def supervise(live_once):
     for number in passed_on:
         signal.signal(number, pass_on)
     while True:
+        signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # none comes while it is open whom it is passed on to
+        if set(told) - {signal.SIGUSR1}:
+            return WORK_LEFT
         child = os.fork()
         if not child:
             for number in passed_on:
                 signal.signal(number, signal.SIG_IGN if number == signal.SIGUSR1 else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+        if not child:
             LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
             return live_once()
-        _, status = os.waitpid(child, 0)
+        (_, status), child = os.waitpid(child, 0), 0
         if not os.WIFSIGNALED(status):
             return os.WEXITSTATUS(status)
         log(f"the driver was killed by {signal_name(os.WTERMSIG(status))}")
-        if set(told) - {signal.SIGUSR1}:
-            return WORK_LEFT
 
 
 class Work:

@@ -139,6 +139,8 @@ OLD_FILES = [
 ]
 
 MODELS = [
+    fault("all replicas together get the nodes of one", "return Plan(nodes * config.engine.replicas, model, kv_bytes)",
+          "return Plan(nodes, model, kv_bytes)", "test_models.py::test_each_replica_gets_the_nodes_that_the_model_takes"),
     fault("the cache is counted for all heads", 'kv_heads = of("attention.head_count_kv", heads)', "kv_heads = heads",
           "test_models.py::test_the_header_gives_layers_heads_and_context"),
     fault("the cache's cells are not rounded", "-(-min(context, model.context) // 256) * 256 * slots",
@@ -744,6 +746,9 @@ PUMP = [
 ]
 
 DRIVER = [
+    left_out("a signal that comes as the driver is made reaches nobody",
+             "        signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)  # none comes while it is open whom it is passed on to\n",
+             "test_driver.py::test_a_signal_that_comes_as_the_driver_is_made_reaches_it"),
     fault("a signal between the work and the last word kills the driver",
           "            signal.pthread_sigmask(signal.SIG_BLOCK, LATE_SIGNALS)", "            pass",
           "test_other_work.py::test_a_signal_between_the_work_and_its_last_word_changes_nothing"),

@@ -53,6 +53,26 @@ def test_a_driver_that_was_told_to_end_is_followed_by_none(supervised):
     assert process.wait(5) == llmrun.WORK_LEFT and len(lives()) == 1
 
 
+FORKED = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import llmrun
+fork = os.fork
+def fork_and_be_told():
+    child = fork()
+    if child:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return child
+os.fork = fork_and_be_told
+sys.exit(llmrun.supervise(lambda: time.sleep(60)))
+"""
+
+
+def test_a_signal_that_comes_as_the_driver_is_made_reaches_it():
+    done = subprocess.run([sys.executable, "-c", FORKED, os.path.dirname(llmrun.__file__)], timeout=20, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == llmrun.WORK_LEFT and "killed by SIGTERM" in done.stderr
+
+
 def test_a_driver_that_works_shows_the_others_that_it_lives():
     beats, looks = [], []
     claims = types.SimpleNamespace(BEAT_S=0.05, finished=False, beat=lambda: beats.append(1), look=list, watch_beats=lambda: looks.append(1))

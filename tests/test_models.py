@@ -76,3 +76,10 @@ def test_a_model_is_whole_when_its_last_weight_is_there(tmp_path, kind, elements
     (tmp_path / "m.gguf").write_bytes(gguf(kind, elements, size_bytes - 1))
     with pytest.raises(ValueError, match="cut short: .* are there"):
         llmrun.read_gguf(tmp_path / "m.gguf")
+
+
+def test_each_replica_gets_the_nodes_that_the_model_takes(monkeypatch):
+    monkeypatch.setattr(llmrun, "read_model", lambda config: big_model(40 * 10**9))
+    config = config_for("x", slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"},
+                        engine={"slots": 1, "context": 4096, "replicas": 2})
+    assert llmrun.plan_nodes(config).nodes == 4
