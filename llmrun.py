@@ -4580,8 +4580,10 @@ class Desk:
 
     def note_broken(self, hand, since):
         """Its answer broke off just now; what broke before `since` was not its engine's end."""
-        self.broken = {other: broke for other, broke in self.broken.items() if broke > since and other is not hand}
+        self.broken.pop(hand, None)  # those that broke last stand last
         self.broken[hand] = clock()
+        while next(iter(self.broken.values())) <= since:
+            del self.broken[next(iter(self.broken))]
 
     def look_again(self, delay_s):
         """Wake the pump after a while, once."""
@@ -4718,15 +4720,16 @@ class Pump:
     def settle_all(self, desk):
         results = []
         for hand, outcome, reply in [(hand, outcome, reply_of(outcome)) for hand, outcome in desk.take()]:
+            if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
+                hand.put(desk.refused)
+                self.after(self.REST_S, hand, self.put_back)
+                continue
             broken = not reply[0]
             if broken:
                 desk.note_broken(hand, clock() - self.DEATH_NOTICE_S)
             elif desk.broken:
                 desk.broken.pop(hand, None)
-            if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
-                hand.put(desk.refused)
-                self.after(self.REST_S, hand, self.put_back)
-            elif broken and hand.tray is desk.alone:  # did the engine die of it? It is alone until that is known
+            if broken and hand.tray is desk.alone:  # did the engine die of it? It is alone until that is known
                 self.after(self.DEATH_NOTICE_S, hand, lambda hand, reply=reply: self.settle(desk, hand, reply))
             else:
                 results.append(self.settle(desk, hand, reply))

@@ -131,8 +131,10 @@ def main():
         sys.exit(f"more than {MOST_EXPLAINED} % of the mutants are explained survivors")
     with tempfile.TemporaryDirectory(prefix="mutants-") as parent:
         union = sorted({test for mutant in mutants for test in mutant.tests})
-        code, said = run_tests(copy_tree(Path(parent, "clean")), union, "-n", str(args.jobs), "--dist", "worksteal",
-                               limit_s=3600)
+        clean = copy_tree(Path(parent, "clean"))
+        code, said = run_tests(clean, union, "--collect-only")  # side by side, pytest hides which test is not there
+        if not code:
+            code, said = run_tests(clean, union, "-n", str(args.jobs), "--dist", "worksteal", limit_s=3600)
         if code:
             sys.exit(f"{said}\nthe tests must pass before a fault is put in: else a caught one means nothing")
         print(f"{len(union)} tests pass on the clean tree; {len(mutants)} mutants:", flush=True)
