@@ -719,7 +719,7 @@ PUMP = [
           lines("        for hand in list(desk.alone.values()):", "            self.put_back(hand)\n"),
           "test_suspects.py"),
     fault("who was asked alone before its engine's end was known is acquitted",
-          "            elif broken and hand.tray is desk.alone:", "            elif False:", "test_suspects.py"),
+          "            if broken and hand.tray is desk.alone:", "            if False:", "test_suspects.py"),
     fault("an answer that broke off is forgotten when its engine's end is told",
           "desk.accused = list(dict.fromkeys([*desk.under_way.values(), *broken]))", "desk.accused = list(desk.under_way.values())",
           "test_suspects.py"),
