@@ -1497,6 +1497,8 @@ class Disk:
 class Run:
     """One run's folder."""
 
+    ENDED_BEAT = b"ended"  # instead of a beat: this life takes no more, and what it claimed is anybody's
+
     def __init__(self, folder, disk=None):
         self.folder, self.disk = Path(folder), disk or Disk()
         self.claims = self.folder / "claims"
@@ -2403,6 +2405,7 @@ async def serve_http(host, port, answer):
 BEAT_S = 2.0  # each side tells the other that it lives
 SILENT_NODE_S = 30.0  # one stall of a shared file system must not end a long load
 LOST_DRIVER_S = 180.0  # an agent that hears nothing so long, not even an end, stops everything
+STILL_DRIVER_S = 30.0  # three times as long as a driver's beat in the claims may take
 STALL_S = 10.0  # a sleep that took so much longer says that we stood still ourselves: suspended, or a stalled disk
 TERM_WAIT_S = 3.0  # an agent told to end by Slurm waits so long for the driver's order
 LINE_LIMIT = 2**20
@@ -2510,9 +2513,23 @@ class Agent:
         for task in tasks:
             task.cancel()
         self.kill_all()
-        if self.orphaned and "LLMRUN_REQUEUE" in os.environ:
+        if self.orphaned and await self.driver_is_gone(os.environ.get("LLMRUN_REQUEUE", "")):
             # The driver's node is gone, and Slurm may take many minutes to see that. The first agent to ask is heard.
             Slurm(os.environ).requeue(os.environ["SLURM_JOB_ID"])
+
+    async def driver_is_gone(self, beat_file):
+        """Whether the driver's own life is over, though nobody ended the run: its beat, a file in the run's claims that
+        is named where the run may be requeued, is there and stands still."""
+        if not beat_file:
+            return False
+        run, beat_file = Run(Path(beat_file).parent.parent), Path(beat_file)
+        try:
+            beat = beat_file.read_bytes()
+            await asyncio.sleep(STILL_DRIVER_S)
+            still = beat_file.read_bytes() == beat
+            return still and beat != Run.ENDED_BEAT and not run.stop_file.exists()
+        except OSError:  # who cannot see the run's folder cannot know
+            return False
 
     def facts(self):
         cpus = len(os.sched_getaffinity(0))
@@ -2803,6 +2820,7 @@ class Node:
         if self.lost.done():
             return
         self.lost.set_result(why)
+        self.dismiss()
         if not self.closing:
             said = log_tail(self.log_path)
             self.tell("node_lost", node=self.name, why=why, **({"said": said[-1]} if said else {}))
@@ -2814,6 +2832,13 @@ class Node:
         for name, ended in self.exits.items():
             if not ended.done():
                 ended.set_result(Exit(name, self.name, None, []))
+
+    def dismiss(self):
+        """Tell the agent to end, by an order and by the end of its pipe, whenever it hears of it: one that joins too
+        late, or comes back, must not wait for a driver that has given it up."""
+        if self.channel:
+            self.write({"id": next(self.numbers), "do": "end"})
+            self.channel.stdin.close()
 
     async def ask(self, order, **details):
         """Give an order and wait for its answer."""
@@ -2837,7 +2862,7 @@ class Node:
     async def close(self):
         """Let the agent end, and go on without it if it does not."""
         self.closing = True
-        self.write({"id": next(self.numbers), "do": "end"})
+        self.dismiss()
         try:
             await within(0 if self.lost.done() else 5, self.channel.wait())
         except asyncio.TimeoutError:
@@ -4352,7 +4377,6 @@ class Claims:
     of this job, its process is not there, or its beat has stood still for a minute of our own clock."""
 
     BEAT_S, LOOK_S, STILL_S, BEATS_A_TURN = 10.0, 2.0, 60.0, 10
-    ENDED = b"ended"
 
     def __init__(self, run, life, marks, starts, clock=clock):
         self.run, self.life, self.marks, self.starts, self.clock = run, life, marks, starts, clock
@@ -4463,7 +4487,7 @@ class Claims:
         if owner.job and owner.job == self.life.job and owner.restart < self.life.restart:
             return True
         beat = self.run.disk.read(self.run.beat_file(owner))
-        if beat == self.ENDED:
+        if beat == Run.ENDED_BEAT:
             return True
         process = re.fullmatch(rb"\d+ (\S+) (\d+) (\d+)", beat)
         if process and process.group(1).decode() == socket.gethostname() and process_birth(
@@ -4495,7 +4519,7 @@ class Claims:
     def end(self):
         """What is left of our chunks is anybody's from now on."""
         with contextlib.suppress(OSError):
-            self.run.disk.put(self.run.beat_file(self.life), self.ENDED)
+            self.run.disk.put(self.run.beat_file(self.life), Run.ENDED_BEAT)
 
     def all_with_others(self):
         """Whether all that has no result is claimed by drivers that live: nothing is left for this job."""
@@ -5384,7 +5408,7 @@ class Driver:
     def agent_environment(self):
         environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))
         if self.config.slurm.requeue and self.submit_runs_job_sh:
-            environment["LLMRUN_REQUEUE"] = "1"
+            environment["LLMRUN_REQUEUE"] = str(self.run.beat_file(self.life))
         return environment
 
     @property

@@ -389,6 +389,13 @@ WIRE = [
 ]
 
 NODES = [
+    fault("a node that is given up is not told so", "        self.dismiss()\n        if not self.closing:",
+          "        if not self.closing:",
+          "test_nodes.py::test_a_node_that_is_given_up_is_told_to_end"),
+    fault("an agent that was cut off requeues a healthy job", "            return still and beat != Run.ENDED_BEAT", "            return True or beat",
+          "test_nodes.py::test_an_agent_of_a_healthy_job_asks_for_no_requeue"),
+    fault("an agent requeues a run that was told to stop", " and not run.stop_file.exists()\n        except", "\n        except",
+          "test_nodes.py::test_an_agent_of_a_healthy_job_asks_for_no_requeue"),
     fault("what an agent started outlives it", "    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)", "    return",
           "test_nodes.py::test_a_killed_agent_takes_its_process_along"),
     fault("KILL after TERM left out", "for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):",
@@ -421,8 +428,8 @@ NODES = [
           "test_nodes.py::test_term_is_told_and_waits_for_the_driver_only_so_long"),
     fault("a driver that needs longer after TERM does not get it", "call_later(seconds, self.end)", "call_later(0, self.end)",
           "test_nodes.py::test_a_driver_that_needs_longer_after_term_gets_it"),
-    fault("every agent whose driver ended asks for a requeue", 'if self.orphaned and "LLMRUN_REQUEUE" in os.environ:',
-          'if "LLMRUN_REQUEUE" in os.environ:',
+    fault("every agent whose driver ended asks for a requeue", "if self.orphaned and await self.driver_is_gone(",
+          "if await self.driver_is_gone(",
           "test_nodes.py::test_an_agent_whose_driver_fell_silent_asks_for_a_requeue_but_not_one_whose_driver_ended"),
     fault("variables that a process must not see reach it", "if not name.startswith(tuple(process.without))}", "}",
           "test_nodes.py::test_a_process_sees_what_it_is_given_and_the_nodes_words_but_not_what_it_must_not"),
@@ -658,7 +665,7 @@ CLAIMS = [
           "test_claims.py::test_between_two_looks_nothing_is_read"),
     fault("the beat of a life is always the same", "        self.count += 1\n        pid", "        pid",
           "test_claims.py::test_a_beat_begins_the_minute_anew"),
-    fault("a driver that ended does not say so", "(self.run.beat_file(self.life), self.ENDED)", '(self.run.beat_file(self.life), b"1")',
+    fault("a driver that ended does not say so", "(self.run.beat_file(self.life), Run.ENDED_BEAT)", '(self.run.beat_file(self.life), b"1")',
           "test_claims.py::test_of_a_driver_that_ended_all_is_taken_over_at_once"),
 ]
 

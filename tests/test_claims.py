@@ -196,7 +196,7 @@ def test_between_two_looks_nothing_is_read(site):
     left_by(site)
     claims = site.driver(2)
     claims.next()
-    site.disk.files["beat.1.0.0"] = claims.ENDED
+    site.disk.files["beat.1.0.0"] = llmrun.Run.ENDED_BEAT
     site.now += claims.LOOK_S / 2
     assert claims.next() == llmrun.LATER
     site.now += claims.LOOK_S
@@ -349,7 +349,7 @@ def test_a_driver_does_not_ask_twice_what_it_has_under_way(site):
     assert one.next() == 0
     for name in ("0.1", "1.0"):  # another took the one over and claimed the other, and left both
         site.disk.files[name] = b"2.0.0"
-    site.disk.files["beat.2.0.0"] = one.ENDED
+    site.disk.files["beat.2.0.0"] = llmrun.Run.ENDED_BEAT
     assert [one.next(), one.next(), one.next()] == [1, 2, 3]
     assert one.next() == llmrun.LATER
 
@@ -533,7 +533,7 @@ class Model:
             yield False, {}
         else:
             assert (name.endswith(".0") or state.over[1 - who] == "crashed" or state.stalls < self.stalls
-                    or files[f"beat.{LIVES[1 - who]}"] == llmrun.Claims.ENDED), "a chunk was taken from a driver that lives"
+                    or files[f"beat.{LIVES[1 - who]}"] == llmrun.Run.ENDED_BEAT), "a chunk was taken from a driver that lives"
             made = {"files": self.with_file(files, name, operation[2])}
             yield True, made
             if state.retries:

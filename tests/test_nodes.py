@@ -161,11 +161,14 @@ def test_an_agent_whose_driver_fell_silent_asks_for_a_requeue_but_not_one_whose_
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("LLMRUN_REQUEUE", "1")
+    beat = tmp_path / "claims" / "beat.17.0.0"
+    beat.parent.mkdir()
+    beat.write_text("3 host 1 1")
+    monkeypatch.setenv("LLMRUN_REQUEUE", str(beat))
     ended = Spoken(tmp_path)
     ended.process.communicate(timeout=10)  # the end of its pipe
     assert not (tmp_path / "asked").exists()
-    silent = Spoken(tmp_path, "llmrun.LOST_DRIVER_S = 0.5; llmrun.BEAT_S = 0.1")
+    silent = Spoken(tmp_path, "llmrun.LOST_DRIVER_S = 0.5; llmrun.BEAT_S = 0.1; llmrun.STILL_DRIVER_S = 0.2")
     silent.process.wait(10)
     assert (tmp_path / "asked").read_text() == "requeue 17\n"
     silent.process.communicate()
@@ -270,7 +273,7 @@ def test_what_a_site_says_among_an_agents_words_is_logged_and_ends_no_hearing(tm
     async def work():
         node = llmrun.Node("n1", [], {}, tmp_path / "log", lambda event, **facts: None, 5)
         lines = asyncio.StreamReader()
-        node.channel = types.SimpleNamespace(stdout=lines)
+        node.channel = types.SimpleNamespace(stdout=lines, stdin=types.SimpleNamespace(write=len, close=list))
         lines.feed_data(b'Welcome!\n[1]\n3\n\xff\n{"exit": "nobody"}\n{"hello": {"node": "n1"}}\n')
         hearing = asyncio.ensure_future(node.listen())
         facts = await asyncio.wait_for(asyncio.shield(node.facts), 2)
@@ -280,3 +283,48 @@ def test_what_a_site_says_among_an_agents_words_is_logged_and_ends_no_hearing(tm
         return facts, node.lost.result()
     assert asyncio.run(work()) == ({"node": "n1"}, "its agent ended")
     assert "n1: Welcome!" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("life", ["beats on", "has ended", "was told to stop", "cannot be seen", "may not come back"])
+def test_an_agent_of_a_healthy_job_asks_for_no_requeue(tmp_path, monkeypatch, life):
+    """The driver gave this node up, or the network did; the other nodes are at work."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "claims").mkdir()
+    beat = tmp_path / "claims" / "beat.17.0.0"
+    if life != "cannot be seen":
+        beat.write_text("ended" if life == "has ended" else "3 host 1 1")
+    (tmp_path / "stop").touch() if life == "was told to stop" else None
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    if life != "may not come back":
+        monkeypatch.setenv("LLMRUN_REQUEUE", str(beat))
+    agent = Spoken(tmp_path, "llmrun.LOST_DRIVER_S = 0.3; llmrun.BEAT_S = 0.1; llmrun.STILL_DRIVER_S = 1.5")
+    if life == "beats on":
+        for count in range(4, 30):
+            time.sleep(0.1)
+            beat.write_text(f"{count} host 1 1")
+    agent.process.wait(10)
+    assert not (tmp_path / "asked").exists()
+    agent.process.communicate()
+
+
+def test_a_node_that_is_given_up_is_told_to_end(tmp_path):
+    """It may join after its time, or have been cut off for a while; nothing of it must be left running."""
+    async def work():
+        told = []
+        command = ["sh", "-c", "sleep 0.6; cat > %s/heard" % tmp_path]
+        node = llmrun.Node("n1", command, dict(os.environ), tmp_path / "log", lambda event, **facts: told.append(event), 0.2)
+        await node.open()
+        await asyncio.wait([node.facts], timeout=5)
+        assert told == ["node_lost"]
+        await asyncio.wait_for(node.channel.wait(), 5)  # the end of its pipe has reached it, too
+        return node
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(llmrun, "BEAT_S", 0.05)
+    try:
+        asyncio.run(work())
+    finally:
+        monkey.undo()
+    orders = [json.loads(line)["do"] for line in (tmp_path / "heard").read_text().splitlines()]
+    assert orders[-1] == "end"
