@@ -4693,8 +4693,8 @@ class Pump:
                     if self.finished:
                         return None
                     await replica.recover(error)
-        except ClusterError:  # it dies again and again, or its node was lost: the others ask what was kept for it
-            for hand in [*self.suspects.values(), *desk.alone.values()]:
+        except ClusterError:  # it dies again and again, or its node was lost: the others ask what it was asked alone
+            for hand in list(desk.alone.values()):
                 self.put_back(hand)
             raise
 
