@@ -1278,23 +1278,36 @@ REFUSALS = (  # what sbatch prints, the key it is about, what to do
      "no node has all that is asked for: `sinfo -o '%P %c %m %G'` lists cores, memory and GPUs"))
 
 
+class SlurmSilent(ClusterError):
+    """Slurm gave no answer: what it was asked for may be done all the same, or later."""
+
+
+NO_ANSWER = (r"contact slurm controller|[Tt]imed out|[Cc]onnection refused|Zero Bytes were transmitted|"
+             r"Unexpected message received")  # the last is what `scontrol requeue` says of a time-out (seen on 22.05)
+
+
 class Slurm:
     """Slurm's commands. Answers are plain data, refusals are errors that name the key to change."""
 
-    def __init__(self, environ):
+    def __init__(self, environ, timeout_s=90.0):
         self.environ = dict(environ, LC_ALL="C", SLURM_TIME_FORMAT="%s", SLURM_BITSTR_LEN="0")
+        self.timeout_s = timeout_s
         self.deaths = {}  # job → the signal that its batch process died of, which is asked once
 
     def call(self, *argv, environ=None):
+        mend = "try again when Slurm answers: `sinfo` tells"
         try:
-            return subprocess.run(argv, env=environ or self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, universal_newlines=True, errors="replace", timeout=90)
+            answer = subprocess.run(argv, env=environ or self.environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE, universal_newlines=True, errors="replace",
+                                    timeout=self.timeout_s)
         except OSError as error:
             raise ClusterError(argv[0], f"cannot be started on this machine: {os_reason(error)}",
                                "go to a login node of the cluster, or use `run`, which needs no Slurm")
         except subprocess.TimeoutExpired:
-            raise ClusterError(argv[0], "Slurm did not answer within 90 s",
-                               "try again when the cluster answers `sinfo`")
+            raise SlurmSilent(argv[0], f"Slurm did not answer within {show_duration(self.timeout_s)}", mend)
+        if answer.returncode and re.search(NO_ANSWER, answer.stderr):
+            raise SlurmSilent(argv[0], answer.stderr, mend)
+        return answer
 
     def submit(self, config, script, *options):
         """Hand a script to sbatch; its id, or what sbatch says to --test-only."""
@@ -1373,8 +1386,6 @@ def refusal(config, message):
     for pattern, dotted, mend in REFUSALS:
         if re.search(pattern, reason):
             return config.error(dotted, f"Slurm refuses: {reason}", mend)
-    if re.search(r"contact slurm controller|[Tt]imed out|[Cc]onnection refused", reason):
-        return ClusterError("sbatch", reason, "try again when Slurm answers: `sinfo` tells")
     return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
                      "see [slurm] and [slurm.extra] in the config")
 
@@ -4962,7 +4973,7 @@ def find_allocation(environ, nodes_wanted):
         return Allocation(0, 0, names, {}, math.inf, False, 0)
     if "SLURM_HET_SIZE" in environ:
         raise UserError("this job", "is a heterogeneous job", "submit a plain one: llmrun places its parts by itself")
-    detail = Slurm(environ).detail(environ["SLURM_JOB_ID"])
+    detail = insist(lambda slurm: slurm.detail(environ["SLURM_JOB_ID"]), 3600.0)  # no step could be started, either
     nodes = expand_hostlist(environ.get("SLURM_JOB_NODELIST", ""))
     if len(nodes) < nodes_wanted:
         raise UserError("this job", f"has {len(nodes)} nodes and the config wants {nodes_wanted}",
@@ -4971,6 +4982,19 @@ def find_allocation(environ, nodes_wanted):
         job=int(environ["SLURM_JOB_ID"]), restart=int(environ.get("SLURM_RESTART_COUNT", 0)),
         nodes=nodes[:nodes_wanted], gpus=gpus_of_nodes(detail), ends_at=end_of_job(environ, detail),
         in_step="SLURM_STEP_ID" in environ, submitted=int(environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"])))
+
+
+def insist(ask, patience_s):
+    """What Slurm answers, asked again for so long while it is silent; `ask` gets one that waits no longer than that."""
+    end = clock() + patience_s
+    while True:
+        try:
+            return ask(Slurm(os.environ, max(1.0, min(90.0, end - clock()))))
+        except SlurmSilent as silent:
+            if clock() + 1 > end:
+                raise
+            log(f"{silent}; asking again")
+            time.sleep(min(15.0, patience_s / 10))
 
 
 def gpus_of_nodes(detail):
@@ -5010,11 +5034,12 @@ class Orders:
     """What Slurm and users tell a life to do, by signals to it or to its agents."""
 
     EARLY_S = 90.0  # Slurm's warning comes up to half a minute sooner than asked for
+    ASK_AGAIN_S = 15.0
 
     def __init__(self, driver, work):
         self.driver, self.work, self.tell = driver, work, driver.tell
         self.task, self.loop = asyncio.current_task(), asyncio.get_running_loop()
-        self.nodes, self.stopped, self.asking = [], None, None
+        self.nodes, self.stopped, self.asking, self.looking = [], None, None, None
         self.drained = Stop(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
         self.agent_termed = asyncio.Event()
         self.loading_since = None
@@ -5038,6 +5063,7 @@ class Orders:
         if told_to_stop or not self.driver.ends_at - clock() < self.driver.config.slurm.grace + self.EARLY_S:
             self.tell("draining")
             self.drain(Stop(WORK_LEFT, "told to finish what is under way (SIGUSR1)", not told_to_stop))
+        self.doubt_the_end()  # whose limit was lowered, Slurm warns sooner
 
     def time_is_up(self):
         """What is left of the job's time is for the teardown. Prompts that would not end before it were not asked."""
@@ -5066,14 +5092,24 @@ class Orders:
         if re.search(r"\bPreemptTime=\d", detail) and "JobState=RUNNING" in detail:
             self.stop(Stop(WORK_LEFT, PREEMPTED, go_on=True))
 
+    def doubt_the_end(self):
+        """A job that was suspended ends so much later; one whose limit was changed, too, or sooner."""
+        if self.driver.allocation.job and (not self.looking or self.looking.done()):
+            self.looking = asyncio.ensure_future(self.look_at_the_end())
+
     async def look_at_the_end(self):
-        """A job that was suspended ends so much later."""
-        if self.driver.allocation.job:
-            self.driver.ends_at = end_of_job({}, await self.detail())
+        detail = await self.detail()
+        if detail:
+            self.driver.ends_at = end_of_job({}, detail)
             self.work.until(self.driver.ends_at)
 
     async def detail(self):
-        return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.driver.allocation.job)
+        """What Slurm says of the job, as soon as it says anything."""
+        while True:
+            try:
+                return await self.loop.run_in_executor(None, Slurm(os.environ).detail, self.driver.allocation.job)
+            except SlurmSilent:
+                await asyncio.sleep(self.ASK_AGAIN_S)
 
     async def meant_to_end(self):
         """Whether Slurm is ending the job: its TERM may reach an engine a moment before it reaches us."""
@@ -5088,7 +5124,7 @@ async def tending(work, orders):
     async def tend():
         while True:
             if await stalled(work.TEND_S):  # suspended, maybe
-                await orders.look_at_the_end()
+                orders.doubt_the_end()
             work.tend()
             if clock() > orders.driver.ends_at - LAST_MOMENTS_S:
                 orders.time_is_up()
@@ -5356,9 +5392,12 @@ ENGINE_LINES = 200  # of an engine's log are told in the events of a life
 class Driver:
     """One life: has its work done on the nodes that it has, and sees that what is left of it goes on."""
 
+    LEAST_PATIENCE_S = 20.0  # with a Slurm that is silent at the end; KillWait is 30 s where nobody changed it
+
     def __init__(self, run, config, shape, life, allocation, tell):
         self.run, self.config, self.shape, self.life = run, config, shape, life
         self.allocation, self.tell, self.ends_at = allocation, tell, allocation.ends_at
+        self.asked_to_requeue = False
 
     async def live(self, work):
         """The story of a job: agents, engine, the work, and back. Why it stopped, where the work is not finished."""
@@ -5426,7 +5465,7 @@ class Driver:
         patience_s = 0.0 if told else min(300.0, self.ends_at - clock() - LAST_MOMENTS_S)
         try:
             work.close(patience_s)
-            ending = work.verdict() if work.finished else self.hand_over(work, stop)
+            ending = work.verdict() if work.finished else self.going_on(work, stop)
             if ending.next == NOBODY:
                 first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
                 if first and work.finished:
@@ -5442,15 +5481,27 @@ class Driver:
             with contextlib.suppress(ClusterError):
                 Slurm(os.environ).cancel(" ".join(map(str, self.run.submitted())), "--state=PENDING")
 
-    def hand_over(self, work, stop):
-        """See that somebody does what is left, where that is wanted and can be had; the ending with that."""
+    def going_on(self, work, stop):
+        """What `hand_over` says, or that Slurm said nothing."""
         resume = f"`python llmrun.py resume {self.run.name}` goes on"
+        try:
+            return self.hand_over(work, stop, resume)
+        except SlurmSilent as silent:
+            return stop.leads_to(more=f"{silent.what}: if `squeue --me` shows no job of it, {resume}")
+
+    def insist(self, stop, ask):
+        """What Slurm answers within the time that this process has: TERM leaves it half a minute before KILL."""
+        left_s = self.ends_at - clock() - 5 if stop.code == CLUSTER_FAILED else 0.0
+        return insist(ask, max(self.LEAST_PATIENCE_S, min(600.0, left_s)))
+
+    def hand_over(self, work, stop, resume):
+        """See that somebody does what is left, where that is wanted and can be had; the ending with that."""
         if self.run.stop_file.exists():
             return stop.leads_to()
         if not self.submit_runs_job_sh:
             return stop.leads_to(more=resume if stop.go_on else "")
         if stop.code == WORK_LEFT and not stop.go_on:  # by TERM, which does not say why
-            detail = Slurm(os.environ).detail(self.allocation.job)
+            detail = self.insist(stop, lambda slurm: slurm.detail(self.allocation.job))
             if was_requeued(detail, self.allocation.restart):
                 return Ending(WORK_LEFT, "Slurm took its nodes for another job", REQUEUED)
             stop = what_term_meant(detail, self.ends_at)
@@ -5462,10 +5513,17 @@ class Driver:
             return stop.leads_to(more=f"[slurm] requeue is off: {resume}")
         if self.fruitless() >= MAX_FRUITLESS:
             return stop.leads_to(more=f"{MAX_FRUITLESS} starts in a row answered nothing, so this was the last")
-        refused = "" if stop.without else Slurm(os.environ).requeue(self.allocation.job)
+        refused = "" if stop.without else self.insist(stop, self.requeue)
         if not (stop.without or refused):  # a requeue cannot leave nodes out
             return stop.leads_to(REQUEUED)
         return self.submit_successor(stop, refused, resume)
+
+    def requeue(self, slurm):
+        """Put the job back; "" or why Slurm would not. An earlier order that it did not answer it may have heard."""
+        asked, self.asked_to_requeue = self.asked_to_requeue, True
+        if asked and was_requeued(slurm.detail(self.allocation.job), self.allocation.restart):
+            return ""
+        return slurm.requeue(self.allocation.job)
 
     def submit_successor(self, stop, refused, resume):
         """The ending with another job submitted, or with the reason why that could not be, either."""
@@ -5476,6 +5534,8 @@ class Driver:
             try:
                 said = Slurm(os.environ).submit(self.config, self.run.job_script(self.shape), "--parsable", *options)
                 job = job_id_in(said)
+            except SlurmSilent:  # which may have taken it
+                raise
             except UserError as error:
                 failed = f"{refused or 'a new job was refused'} ({error.what})"
                 continue

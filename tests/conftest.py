@@ -171,10 +171,10 @@ class Site:
         paths = sorted(self.run.glob("events/*.jsonl"))
         return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
-    def wait_for_event(self, name):
+    def wait_for_event(self, name, timeout_s=30):
         def seen():
             return next((e for e in (self.events() if self.runs() else []) if e["event"] == name), None)
-        return wait_for(f"the event {name}", seen)
+        return wait_for(f"the event {name}", seen, timeout_s)
 
     def processes(self):
         """(pid, argv) of everything of this user's jobs that lives on any node."""

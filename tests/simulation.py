@@ -652,10 +652,8 @@ class Driver:
         self.world.over(self.process)
 
     async def live(self):
-        async def end_stays():
-            pass
         driver = types.SimpleNamespace(ends_at=float("inf"))
-        orders = types.SimpleNamespace(driver=driver, look_at_the_end=end_stays, stop=lambda stop: self.drain())
+        orders = types.SimpleNamespace(driver=driver, doubt_the_end=list, stop=lambda stop: self.drain())
         self.claims.LOOK_S *= self.hurry
         self.work.TEND_S = self.claims.LOOK_S
         async with llmrun.tending(self.work, orders):

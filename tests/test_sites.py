@@ -163,3 +163,31 @@ def test_on_nodes_with_names_of_their_own_slurm_tells_who_lives(site_on):
     assert site.status()["state"] == "answering" and site.status()["exit_code"] is None
     site.kill_job()
     wait_for("the verdict", lambda: site.status()["state"] == "killed")
+
+
+def test_an_order_that_slurm_did_not_answer_is_not_given_twice(site_on):
+    """It hears it all the same, later: neither a second job nor a resume by hand is called for."""
+    site = site_on(**TIMES_OUT_SOON)
+    site.slow(FEW)
+    site.llmrun("submit", "config.json")
+    site.answering()
+    site.cluster.hang()
+    start, = [event for event in site.events() if event["event"] == "start"]
+    os.kill(start["pid"], signal.SIGUSR1)
+    wait_for("a try", lambda: "asking again" in site.job_output(), 40)
+    site.cluster.go_on()
+    assert site.ended()["done"] == FEW
+    assert [end["next"] for end in site.ends()] == ["requeued", ""] and len(site.journal()) == FEW
+    assert len(slurm(site, "squeue", "-h", "-t", "all", "-o", "%A").split()) == 1
+
+
+def test_a_limit_that_is_lowered_while_the_job_runs_is_heard_of(site_on):
+    site = site_on(**({} if REAL else {"FakeMinute": 12}))
+    site.slow(240 if REAL else 60)
+    site.config(slurm={"time": "6"})
+    site.llmrun("submit", "config.json")
+    site.answering()
+    slurm(site, "scontrol", "update", f"JobId={site.status()['job']}", "TimeLimit=1")
+    site.wait_for_event("end", 150)
+    assert site.ends()[0]["next"] == "requeued" and site.ends()[0]["why"] == "the time limit came"
+    site.llmrun("cancel")

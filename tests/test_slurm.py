@@ -147,12 +147,34 @@ def test_the_warning_comes_with_time_to_spare_but_not_before_half_the_job():
     assert warned("04:00:00", 120) == "120" and warned("2", "5min") == "60" and warned("UNLIMITED", 120) == "120"
 
 
-def test_a_slurm_that_does_not_answer_is_not_the_users_fault():
-    config = llmrun.Config(source="config.toml")
-    for said in ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
-                 "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"):
-        assert isinstance(llmrun.refusal(config, said), llmrun.ClusterError)
-    assert not isinstance(llmrun.refusal(config, "sbatch: error: Batch job submission failed: Some new reason"), llmrun.ClusterError)
+@pytest.mark.parametrize("said, silent", [
+    ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", True),
+    ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", True),
+    ("sbatch: error: Batch job submission failed: Some new reason", False)])
+def test_a_slurm_that_does_not_answer_is_not_the_users_fault(tmp_path, monkeypatch, said, silent):
+    slurm = slurm_whose(tmp_path, "sbatch", f"echo '{said}' >&2", "exit 1")
+    monkeypatch.setenv("PATH", slurm.environ["PATH"])
+    with pytest.raises(llmrun.UserError) as error:
+        slurm.submit(llmrun.Config(source="config.toml"), "job.sh")
+    assert isinstance(error.value, llmrun.SlurmSilent) == silent and error.value.exit_code == (3 if silent else 2)
+
+
+def test_a_slurm_that_is_silent_is_asked_again_while_there_is_time(monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr(llmrun, "clock", lambda: now[0])
+    monkeypatch.setattr(llmrun.time, "sleep", lambda time_s: now.__setitem__(0, now[0] + time_s))
+
+    def ask(slurm):
+        asked.append(now[0])
+        now[0] += min(10, slurm.timeout_s)
+        if len(asked) < 3:
+            raise llmrun.SlurmSilent("scontrol", "did not answer", "")
+        return "an answer"
+    assert llmrun.insist(ask, 100) == "an answer" and len(asked) == 3
+    asked.clear()
+    with pytest.raises(llmrun.SlurmSilent):
+        llmrun.insist(ask, 12)
+    assert len(asked) < 3
 
 
 # ── Slurm's commands, as sites have them ───────────────────────────────────────
