@@ -1,10 +1,12 @@
 """The driver's parts by themselves: who follows it, what it beats and tells, what an end by Slurm means."""
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import llmrun
@@ -186,3 +188,185 @@ def test_a_job_whose_rest_the_others_do_is_not_queued_again(site_on):
     site.ended()
     wait_for("both ends", lambda: len(site.ends()) == 2)
     assert len(site.lives()) == len(site.journal()) == 2
+
+
+# ── a Slurm that does not answer ───────────────────────────────────────────────
+
+
+class Instead:
+    """Stands for a module of Python's in the program, with some of its functions replaced."""
+
+    def __init__(self, module, **functions):
+        self.__dict__ = {**functions, "module": module}
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+class Controller:
+    """Slurm's commands in a time of its own: those of `trouble` fail in their way until `until`, by that clock."""
+
+    SAYS = {"away": "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+            "busy": "slurm_load_jobs error: Socket timed out on send/recv operation"}
+
+    def __init__(self, monkeypatch, trouble, until=llmrun.math.inf):
+        self.now, self.trouble, self.until, self.asked, self.detail = 1000.0, trouble, until, [], ""
+        self.began = time.time()
+        monkeypatch.setattr(llmrun, "clock", lambda: self.now)
+        monkeypatch.setattr(llmrun, "subprocess", Instead(subprocess, run=self.run))
+        monkeypatch.setattr(llmrun, "time", Instead(time, sleep=self.rest, time=lambda: self.date(self.now)))
+
+    def rest(self, time_s):
+        self.now += time_s
+        assert self.now < 10**6, "it waits for ever"
+
+    def run(self, argv, timeout=90, **_):
+        self.asked.append((self.now, " ".join(argv)))
+        self.rest(0.01)
+        if self.now > self.until or argv[0] == "sbatch":
+            said = {"scontrol show": self.detail, "sbatch --parsable": "18\n"}.get(" ".join(argv[:2]), "")
+            return subprocess.CompletedProcess(argv, 0, said, "")
+        if self.trouble == "silent":
+            self.rest(timeout)
+            raise subprocess.TimeoutExpired(argv, timeout)
+        return subprocess.CompletedProcess(argv, 1, "", self.SAYS[self.trouble] + "\n")
+
+    def date(self, by_our_clock):
+        """A time of our clock as Slurm writes it."""
+        return int(self.began + by_our_clock - 1000.0)
+
+
+@pytest.fixture(params=["silent", "away", "busy"])
+def troubled(monkeypatch, request):
+    """A controller that is restarted, or overrun, for five minutes."""
+    return Controller(monkeypatch, request.param, until=1300.0)
+
+
+def test_what_slurm_gave_is_learned_though_it_does_not_answer_at_first(troubled):
+    troubled.detail = f"JobId=7 Restarts=0 EndTime={troubled.date(8200.0)} Nodes=n1 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:0-1)"
+    given = llmrun.find_allocation({"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}, 1)
+    assert abs(given.ends_at - 8200.0) < 2 and given.gpus == {"n1": "2"}
+    assert len(troubled.asked) <= 300 / 15 + 2, "sites ban who asks more often than every 15 s"
+
+
+class Left(llmrun.Work):
+    """Work of which something is left; it keeps what was done to it."""
+
+    def __init__(self):
+        self.saved, self.closed = [], 0
+
+    def close(self, patience_s):
+        self.closed += 1
+
+    def save(self, ending):
+        self.saved.append(ending)
+        return True
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """The driver of a job that sbatch gave the id 7, and that ends in ten minutes."""
+    (tmp_path / "in.jsonl").write_text('{"x": "1"}\n')
+    config = llmrun.build_config(llmrun.Config, {"engine": {"name": "echo"}, "run_dir": str(tmp_path / "runs"), "prompts": {
+        "user": str(tmp_path / "in.jsonl"), "template": "{x}"}}, "config.toml", None)
+    run = llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
+    run.record_submit(7, shape=0)
+    life = run.new_life(7, 0)
+    llmrun.Events(run, life).append("start", work="")
+    allocation = llmrun.Allocation(7, 0, ["n1"], {}, 1600.0, False, 7)
+    return llmrun.Driver(run, config, 0, life, allocation, lambda *told, **facts: None)
+
+
+WARNED = llmrun.Stop(llmrun.WORK_LEFT, "the time limit came", go_on=True)
+TERMED = llmrun.Stop(llmrun.WORK_LEFT, "told to end (SIGTERM)")
+
+
+def test_a_job_goes_on_though_slurm_does_not_answer_at_first(troubled, driver):
+    ending = driver.finish(Left(), WARNED)
+    assert ending.next == llmrun.REQUEUED and troubled.now < 1600.0
+    assert len(troubled.asked) <= 300 / 15 + 2, "sites ban who asks more often than every 15 s"
+
+
+@pytest.mark.parametrize("trouble", ["silent", "away", "busy"])
+@pytest.mark.parametrize("stop", [WARNED, TERMED], ids=["warned", "told to end"])
+def test_a_life_whose_slurm_never_answers_writes_its_results_and_says_how_to_go_on(monkeypatch, driver, trouble, stop):
+    controller, work = Controller(monkeypatch, trouble), Left()
+    monkeypatch.setattr(llmrun.Slurm, "submit", lambda *about: controller.run(["sbatch-is-silent-too"]) and "")
+    ending = driver.finish(work, stop)
+    assert ending.code == llmrun.WORK_LEFT and ending.next == llmrun.NOBODY and work.saved == [ending]
+    assert f"resume {driver.run.name}" in ending.why, "nobody knows whether it was cancelled"
+    assert controller.now < (1600.0 if stop.go_on else 1030.0), "Slurm kills 30 s after its TERM"
+
+
+def test_a_preempted_job_goes_on_though_slurm_does_not_answer_at_first(monkeypatch, driver):
+    """Told to end, it asks why, and has some seconds."""
+    controller = Controller(monkeypatch, "away", until=1000.015)  # the first question alone is in vain
+    controller.detail = "JobState=RUNNING Restarts=0 PreemptTime=1700000000"
+    assert driver.finish(Left(), TERMED).next == llmrun.REQUEUED and controller.now < 1030.0
+
+
+@pytest.fixture
+def orders(monkeypatch, driver):
+    """Orders of a driver whose work goes on; `orders(meanwhile)` does something while they are obeyed. Nothing takes time."""
+    rest = asyncio.sleep
+    monkeypatch.setattr(llmrun.asyncio, "sleep", lambda time_s, *value: rest(0.001, *value))
+
+    def obeyed(meanwhile, work):
+        troubles = []
+
+        async def work_on():
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: troubles.append(context))
+            orders = llmrun.Orders(driver, work)
+            try:
+                await meanwhile(orders)
+            except asyncio.CancelledError:
+                assert orders.stopped
+            return orders
+        obeyed = asyncio.run(asyncio.wait_for(work_on(), 10))
+        gc.collect()
+        assert not troubles, "a task died of it"
+        return obeyed
+    return obeyed
+
+
+@pytest.mark.parametrize("trouble", ["silent", "away", "busy"])
+def test_a_job_that_was_suspended_keeps_its_end_while_slurm_does_not_answer(monkeypatch, driver, orders, trouble):
+    controller = Controller(monkeypatch, trouble)
+    monkeypatch.setattr(llmrun, "stalled", lambda time_s: asyncio.sleep(0, True))  # each look finds that it stood still
+    looks = []
+
+    class Going(llmrun.Work):
+        started, TEND_S = True, 2.0
+
+        def tend(self):
+            looks.append(controller.now)
+            controller.rest(2.0)
+
+        def drain(self):
+            self.drained = controller.now
+    work = Going()
+
+    async def meanwhile(orders):
+        async with llmrun.tending(work, orders):
+            for _ in range(3000):
+                if hasattr(work, "drained"):
+                    break
+                await asyncio.sleep(0)
+    orders(meanwhile, work)
+    assert len(looks) >= 3, "others must see that it lives"
+    assert driver.ends_at == 1600.0, "nobody said that it has another end"
+    assert 1600.0 - llmrun.LAST_MOMENTS_S <= work.drained < 1700.0
+
+
+@pytest.mark.parametrize("trouble", ["silent", "away", "busy"])
+def test_a_preemption_that_slurm_explains_late_is_obeyed(monkeypatch, driver, orders, trouble):
+    """With grace only the agents are told to end; a job that merely leaves in its grace is not put back."""
+    controller = Controller(monkeypatch, trouble, until=1000.015)
+    controller.detail = "JobState=RUNNING Restarts=0 PreemptTime=1700000000"
+
+    async def meanwhile(orders):
+        orders.on_agent_term()
+        for _ in range(1000):
+            await asyncio.sleep(0)
+    stopped = orders(meanwhile, llmrun.Work()).stopped
+    assert stopped and stopped.go_on and "preempted" in stopped.why
