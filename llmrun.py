@@ -4994,7 +4994,7 @@ def insist(ask, patience_s):
             if clock() + 1 > end:
                 raise
             log(f"{silent}; asking again")
-            time.sleep(min(15.0, patience_s / 10))
+            time.sleep(min(15.0, patience_s / 10, end - clock()))
 
 
 def gpus_of_nodes(detail):
@@ -5090,6 +5090,7 @@ class Orders:
             node.hold(30)
         detail = await self.detail()
         if re.search(r"\bPreemptTime=\d", detail) and "JobState=RUNNING" in detail:
+            self.driver.ends_at = end_of_job({}, detail)  # of its grace
             self.stop(Stop(WORK_LEFT, PREEMPTED, go_on=True))
 
     def doubt_the_end(self):
@@ -5491,7 +5492,7 @@ class Driver:
 
     def insist(self, stop, ask):
         """What Slurm answers within the time that this process has: TERM leaves it half a minute before KILL."""
-        left_s = self.ends_at - clock() - 5 if stop.code == CLUSTER_FAILED else 0.0
+        left_s = self.ends_at - clock() - 5 if stop.go_on else 0.0
         return insist(ask, max(self.LEAST_PATIENCE_S, min(600.0, left_s)))
 
     def hand_over(self, work, stop, resume):

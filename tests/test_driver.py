@@ -122,7 +122,7 @@ def test_the_end_that_term_is_measured_by_moves_with_a_suspension(monkeypatch):
 
     async def work():
         orders = llmrun.Orders(driver, llmrun.Work())
-        orders.detail = lambda: asyncio.sleep(0, "")
+        orders.detail = lambda: asyncio.sleep(0, "JobId=7")
         await orders.look_at_the_end()
     asyncio.run(work())
     assert not llmrun.what_term_meant("Restarts=0", driver.ends_at).go_on and driver.ends_at > allocation.ends_at + 3000
