@@ -1,5 +1,6 @@
 """How runs end when somebody else ends them: Slurm, the user, the kernel. On a cluster of each kind."""
 
+import errno
 import json
 import os
 import re
@@ -188,3 +189,39 @@ def test_the_demo_needs_nothing_but_the_file(tmp_path):
     record = subprocess.run([sys.executable, "llmrun.py", "status", "--runs", "llmrun-demo/runs", "--json"], cwd=tmp_path,
                             text=True, stdout=subprocess.PIPE)
     assert json.loads(record.stdout)[0]["done"] == 12
+
+
+def refuse_claims(here, number):
+    """A disk that takes no new claim, for this reason, as long as the file `refused` is there."""
+    (here.folder / "refused").touch()
+    here.amend("", "def put_new(disk, path, data, put_new=Disk.put_new):",
+               f"    if path.parent.name == 'claims' and os.path.exists({str(here.folder / 'refused')!r}):",
+               f"        raise OSError({number}, os.strerror({number}))", "    return put_new(disk, path, data)", "", "",
+               "Disk.put_new = put_new", "Claims.LOOK_S = Prompts.TEND_S = 0.2")
+
+
+def test_a_run_that_may_make_no_claims_says_so_and_goes_on_when_it_may(here):
+    """The quota of files is used up, though there is room for their bytes."""
+    here.config(engine={"name": "echo"})
+    refuse_claims(here, errno.EDQUOT)
+    running = here.start("run", "config.json")
+    try:
+        wait_for("the word", lambda: here.runs() and "quota" in here.job_output().lower(), 10)
+        assert "quota" in here.llmrun("status", here.run.name).lower() and running.poll() is None
+    finally:
+        (here.folder / "refused").unlink()
+        output, _ = running.communicate(timeout=20)
+    assert running.returncode == 0, output
+    assert "quota" not in here.status()["detail"].lower() and here.status()["done"] == 6
+
+
+def test_a_run_that_may_never_make_claims_ends_with_the_reason(here):
+    here.config(engine={"name": "echo"})
+    refuse_claims(here, errno.EACCES)
+    running = here.start("run", "config.json")
+    try:
+        running.wait(10)
+    except subprocess.TimeoutExpired:
+        running.terminate()
+    output, _ = running.communicate(timeout=20)
+    assert running.returncode == 3 and "permission denied" in here.status()["detail"].lower(), output

@@ -1,5 +1,6 @@
 """A run's folder: who may read it, what is written how; and where a run stands, by its events and Slurm's word."""
 
+import errno
 import json
 import os
 import socket
@@ -29,6 +30,16 @@ def test_what_the_disk_took_in_parts_is_whole(tmp_path, monkeypatch):
 
 
 def test_only_one_gets_a_new_file_and_nothing_else_is_left(tmp_path):
+    disk = llmrun.Disk()
+    assert [disk.put_new(tmp_path / "0.0", life) for life in (b"1.0.0", b"2.0.0")] == [True, False]
+    assert (tmp_path / "0.0").read_bytes() == b"1.0.0" and os.listdir(tmp_path) == ["0.0"]
+
+
+@pytest.mark.parametrize("refusal", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_only_one_gets_a_new_file_on_a_file_system_that_knows_no_links(tmp_path, monkeypatch, refusal):
+    def link(source, target):
+        raise OSError(refusal, os.strerror(refusal))
+    monkeypatch.setattr(os, "link", link)
     disk = llmrun.Disk()
     assert [disk.put_new(tmp_path / "0.0", life) for life in (b"1.0.0", b"2.0.0")] == [True, False]
     assert (tmp_path / "0.0").read_bytes() == b"1.0.0" and os.listdir(tmp_path) == ["0.0"]
