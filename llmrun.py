@@ -1457,6 +1457,9 @@ class Segment(NamedTuple):
     path: Path
 
 
+NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
 class Disk:
     """All that drivers do to the files they share; the proof of it puts another in this place.
 
@@ -1498,11 +1501,26 @@ class Disk:
         write_file(temporary, data)
         try:
             os.link(temporary, path)
+            return True
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return self.put_first(path, data)
         finally:
             os.unlink(temporary)
-        return True
+
+    def put_first(self, path, data):
+        """The same where files cannot be linked; for a moment the file is there and empty."""
+        with contextlib.suppress(FileExistsError):
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            try:
+                self.append(file, data)
+            finally:
+                os.close(file)
+            return True
+        return False
 
 
 class Run:
@@ -1755,7 +1773,9 @@ class LifeState:
             self.detail = event["line"]
         elif name == "journal_trouble":
             self.detail = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
-        elif name == "journal_well":
+        elif name == "claims_trouble":
+            self.detail = f"prompts cannot be claimed ({event['why']}): waiting"
+        elif name in ("journal_well", "claims_well"):
             self.detail = ""
         elif name == "node_lost":
             self.lost.append(f"{event['node']}: {event['why']}")
@@ -4400,6 +4420,7 @@ class Claims:
         self.count = 0
         self.looked = -math.inf
         self.claimed = []  # chunks to look at for what their owners left, the last first
+        self.trouble = ""  # why none can be claimed just now
         self.beat()
         self.generations = run.generations()
 
@@ -4416,14 +4437,15 @@ class Claims:
                     self.under_way.add(number)
                     return number
             try:
-                if self.claim_next():
-                    continue
-                if self.finished:
-                    return None
-                if not self.take_over():
-                    return LATER
-            except OSError:  # the disk has trouble, of which the journal tells
+                claimed = self.claim_next() or not self.finished and self.take_over()
+                self.trouble = ""
+            except OSError as error:
+                if error.errno not in PASSING_TROUBLE:
+                    raise
+                self.trouble = os_reason(error)
                 return LATER
+            if not claimed:
+                return None if self.finished else LATER
 
     def claim_next(self):
         """Claim the first chunk that nobody has."""
@@ -5223,7 +5245,7 @@ class Prompts(Work):
 
     def __init__(self, run, config, claims, journal, tell):
         self.run, self.config, self.claims, self.journal, self.tell = run, config, claims, journal, tell
-        self.tally, self.pump, self.beaten = Tally(), None, clock()
+        self.tally, self.pump, self.beaten, self.told_trouble = Tally(), None, clock(), ""
 
     @classmethod
     def begin(cls, driver, failed_again=False):
@@ -5275,6 +5297,9 @@ class Prompts(Work):
                 self.claims.watch_beats()
                 if not self.started:
                     self.claims.look()
+        if self.claims.trouble != self.told_trouble:
+            self.told_trouble = self.claims.trouble
+            self.tell("claims_trouble" if self.told_trouble else "claims_well", why=self.told_trouble)
         if self.pump:
             self.pump.wake_all()
 
