@@ -607,3 +607,51 @@ def test_failures_that_are_forgotten_are_asked_again_and_nothing_else(three):
     marks = llmrun.Marks(run, prompts)
     marks.forget_failures()
     assert list(marks.state) == [marks.DONE, marks.OPEN, marks.OPEN]
+
+
+# ── results that two write at once ─────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("moment", ["after", "in the middle"])
+def test_an_older_set_of_results_never_replaces_a_newer_one(tmp_path, moment):
+    """`results` read the journals, and then a driver that had the rest wrote them all: in whatever files."""
+    (tmp_path / "in.csv").write_text("id,q\n1,a\n2,b\n3,c\n")
+    (tmp_path / "texts").mkdir()
+    for name in "abc":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"Hi {name}")
+    for user in ("in.csv", "texts"):
+        config = config_for(tmp_path, user, template="{q}")
+        run, prompts = frozen_input(tmp_path, config)
+        journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 0, text="old")), llmrun.journal_line(result(prompts, 1, 500)))
+        written = []
+
+        class Slow(llmrun.Marks):
+            def lines(self, states):
+                yield from super().lines(states)
+                if moment == "in the middle" and not written:
+                    newer()
+
+        def newer():
+            written.append(llmrun.write_results(run, config, llmrun.Marks(run, prompts)))
+        older = Slow(run, prompts)
+        journal_of(run, "2.0.0", *(llmrun.journal_line(result(prompts, number, text="new")) for number in (1, 2)))
+        if moment == "after":
+            newer()
+        folder = llmrun.write_results(run, config, older)
+        found = {path.name: path.read_text() for path in folder.iterdir()}
+        assert written and len(found["results.jsonl"].splitlines()) == 3
+        newer()
+        assert found == {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_results_after_failures_were_asked_again_are_newer_though_fewer_failed(three):
+    """What makes a set the newer one is what it knows of the journals, and no count of files or lines."""
+    config, run, prompts = three
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, 500)) for number in range(3)))
+    llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    older = llmrun.Marks(run, prompts)
+    journal_of(run, "2.0.0", llmrun.journal_line(result(prompts, 1)))
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    for _ in range(2):
+        llmrun.write_results(run, config, older)
+        assert [len((folder / name).read_text().splitlines()) for name in ("results.jsonl", "errors.jsonl")] == [1, 2]

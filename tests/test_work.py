@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import resource
 
 import llmrun
 import pytest
@@ -580,3 +581,51 @@ def test_a_line_that_a_full_disk_tore_is_written_again_elsewhere(tmp_path, monke
         asyncio.run(work())
         journal.close()
     assert llmrun.Marks(run, prompts).count(llmrun.Marks.DONE) == 3
+
+
+def test_a_disk_that_is_full_for_long_is_not_filled_with_empty_segments(tmp_path, monkeypatch):
+    """Each of them would be a file of the quota, and one more to open for whoever reads the results."""
+    run, prompts = sixty(tmp_path)
+    for name in ("SYNC_AFTER_S", "AGAIN_AFTER_S", "WRITE_AFTER_S"):
+        monkeypatch.setattr(llmrun.Journal, name, 0.001)
+    journal = llmrun.Journal(run, run.new_life(0, 0))
+
+    class Full(Disk):
+        def write(self, file, data):
+            if self.broken(self.calls, "write"):
+                self.calls["write"] += 1
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return os.write(file, data)
+    disk = Full(lambda calls, name: True)
+
+    async def work():
+        for number in range(60):
+            journal.add(result_of(prompts, number))
+        while disk.calls["write"] < 50:
+            await asyncio.sleep(0.001)
+        disk.broken = lambda calls, name: False
+        while journal.trouble:
+            await asyncio.sleep(0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(llmrun, "os", disk)
+        asyncio.run(asyncio.wait_for(work(), 10))
+        journal.close()
+    assert llmrun.Marks(run, prompts).count(llmrun.Marks.DONE) == 60
+    assert len(run.segments()) <= 2
+
+
+def test_results_of_more_lives_than_files_may_be_open_are_written(tmp_path):
+    """A run of months has a segment for each of its lives."""
+    run, prompts = sixty(tmp_path)
+    for number in range(60):
+        journal = run.journal / f"{number + 1}.0.0.0.jsonl"
+        journal.write_bytes(llmrun.journal_line(result_of(prompts, number)))
+    marks, limits = llmrun.Marks(run, prompts), resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, limits[1]))
+    try:
+        folder = llmrun.write_results(run, run.config(), marks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    rows = [json.loads(line)["llmrun"]["row"] for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert rows == list(range(60))
