@@ -1486,6 +1486,10 @@ class Disk:
         while data:
             data = data[os.write(file, data):]
 
+    def is_empty(self, file):
+        """Whether nothing came of any append to a file of our own."""
+        return not os.fstat(file).st_size
+
     def sync(self, file):
         os.fsync(file)
 
@@ -4067,6 +4071,8 @@ class Journal:
 
     def open_segment(self):
         if self.file >= 0:
+            if self.disk.is_empty(self.file):
+                return  # a full disk would be filled with empty files
             with contextlib.suppress(OSError):  # an old fault may be told once more; its lines are in the new segment
                 self.disk.close(self.file)
             self.file = -1
@@ -4179,6 +4185,7 @@ class Marks:
     OPEN, FAILED, DONE = 0, 1, 2
     NOWHERE = 2**64 - 1
     READ_BYTES = 2**22
+    OPEN_FILES = 12
 
     def __init__(self, run, prompts):
         self.run, self.prompts = run, prompts
@@ -4188,14 +4195,16 @@ class Marks:
         self.refresh()
 
     def refresh(self, but=None):
-        """Read what the journals have gained since the last time, all or those of other lives than one."""
-        known = set(self.segments)
+        """Read what the journals have gained since the last time, all or those of other lives than one; whether that
+        was anything."""
+        known, before = set(self.segments), sum(self.read_to)
         new = [segment for segment in self.run.segments() if segment not in known]
         self.segments += new
         self.read_to += [0] * len(new)
         for index, segment in enumerate(self.segments):
             if segment.life != but:
                 self.read(index)
+        return sum(self.read_to) > before
 
     def read(self, index):
         """The whole lines that one journal has gained; one without an end was torn by a crash, or is still to come."""
@@ -4239,14 +4248,21 @@ class Marks:
         return self.state.count(state)
 
     def lines(self, states):
-        """(number, line) of each prompt in one of these states, in input order."""
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(open(segment.path, "rb")) for segment in self.segments]
+        """(number, line) of each prompt in one of these states, in input order. A few files are open at a time: a run
+        of many lives has more than a process may open."""
+        files = {}  # segment's index → its file, the last used last
+        try:
             for number, state in enumerate(self.state):
                 if state in states:
-                    file = files[self.place[number] >> 44]
+                    index = self.place[number] >> 44
+                    file = files[index] = files.pop(index, None) or open(self.segments[index].path, "rb")
+                    if len(files) > self.OPEN_FILES:
+                        files.pop(next(iter(files))).close()
                     file.seek(self.place[number] & (2**44 - 1))
                     yield number, file.readline()
+        finally:
+            for file in files.values():
+                file.close()
 
 
 MISSHAPEN = (ValueError, TypeError, AttributeError, LookupError)  # what reading a strange answer raises
@@ -4287,6 +4303,16 @@ def error_text(body):
 
 
 def write_results(run, config, marks):
+    """Write the results, and again what the journals gained meanwhile: whoever else wrote a newer set of them just then
+    must not find an older one over it. Of a run that goes on that may be so each time."""
+    for tries in itertools.count(1):
+        folder = write_all_results(run, config, marks)
+        if not marks.refresh() or tries > 2 and marks.count(Marks.OPEN):
+            return folder
+    return None
+
+
+def write_all_results(run, config, marks):
     """Write what the user asked for from the journals: results.jsonl in input order, errors.jsonl, and the shape
     that each source came in: a text file for each text file, a CSV with answer columns for a CSV."""
     folder = Path(config.results.folder) if config.results.folder else run.results

@@ -528,6 +528,9 @@ class Disk:
         else:
             self.world.after(self.WRITE_BACK_S, opened.file.write_back, self.world, self.host.booted)
 
+    def is_empty(self, number):
+        return not self.opened_as(number).end
+
     def opened_as(self, number):
         opened = self.opened.get(number)
         if opened is None:
