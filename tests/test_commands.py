@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import llmrun
 import pytest
 from conftest import wait_for
 
@@ -90,3 +91,44 @@ def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
     names = [line["custom_id"] for line in here.journal()]
     assert len(names) == 7 and names.count("part0/000.txt") == 2
     assert json.loads((here.run / "summary.json").read_text())["failed"] == 1
+
+
+# ── cancel ─────────────────────────────────────────────────────────────────────
+
+
+def made_run(here):
+    """A run whose jobs nobody starts."""
+    return llmrun.make_run(llmrun.prepare(here.config(engine={"name": "echo"}), []))
+
+
+def command_of_slurm(here, name, *lines):
+    """One of Slurm's commands, as a shell script."""
+    folder = here.folder / "slurm"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    (folder / name).chmod(0o755)
+    here.env["PATH"] = f"{folder}:{os.environ['PATH']}"
+
+
+def test_cancel_stops_all_that_it_may_though_one_job_is_refused(here):
+    run, driver = made_run(here), subprocess.Popen(["sleep", "60"])
+    for job in (7, 8, 9):
+        run.record_submit(job, shape=0)
+    life = run.new_life(0, 0)
+    llmrun.Events(run, life).append("start", job=0, submitted=0, nodes=["n"], pid=driver.pid, born=llmrun.process_birth(driver.pid),
+                                    host=llmrun.socket.gethostname())
+    command_of_slurm(here, "squeue", "for job in 7 8 9; do echo \"$job|RUNNING|None|N/A|N/A|5:00|n1\"; done")
+    command_of_slurm(here, "scancel", f"echo \"$@\" >> {here.folder}/cancelled",
+                     "case \"$*\" in *8*) echo 'scancel: error: Kill job error on job id 8: Access/permission denied' >&2; exit 1;; esac")
+    said = here.llmrun("cancel", run.name, code=3)
+    driver.wait(5)
+    assert {"7", "9"} <= set((here.folder / "cancelled").read_text().split()) and run.stop_file.exists()
+    assert "permission denied" in said and "job 7: cancelled" in said and "job 9: cancelled" in said and "job 8: cancelled" not in said
+
+
+def test_a_job_of_a_cancelled_run_that_starts_after_all_ends_at_once(here):
+    run = made_run(here)
+    run.stop_file.touch()
+    here.llmrun("drive", run.folder, code=4)
+    assert not {"agents_up", "engine_started"} & {event["event"] for event in here.events()}, "nothing was started"
+    assert "cancel" in here.ends()[0]["why"] and not here.journal()

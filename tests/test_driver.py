@@ -370,3 +370,21 @@ def test_a_preemption_that_slurm_explains_late_is_obeyed(monkeypatch, driver, or
             await asyncio.sleep(0)
     stopped = orders(meanwhile, llmrun.Work()).stopped
     assert stopped and stopped.go_on and "preempted" in stopped.why
+
+
+def test_a_job_that_is_submitted_while_the_run_is_cancelled_is_cancelled_too(here, monkeypatch):
+    """sbatch may take long, and who cancels meanwhile knows nothing of the job that it makes."""
+    run = llmrun.make_run(llmrun.prepare(here.config(engine={"name": "echo"}), []))
+    run.record_submit(7, shape=0)
+    life = run.new_life(7, 0)
+    events = llmrun.Events(run, life)
+    events.append("start", job=7, submitted=7, nodes=["n1"], pid=1, born=1, host="elsewhere")
+    for name, line in (("sbatch", f"touch {run.stop_file}; echo 8"), ("scancel", f"echo \"$@\" >> {here.folder}/cancelled")):
+        (here.folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (here.folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here.folder}:{os.environ['PATH']}")
+    allocation = llmrun.Allocation(7, 0, ["n1"], {}, llmrun.math.inf, False, 7)
+    driver = llmrun.Driver(run, run.config(), 0, life, allocation, lambda *told, **facts: None)
+    ending = driver.finish(llmrun.Work(), llmrun.Stop(3, "the node was lost", go_on=True, without=("n1",)))
+    assert (here.folder / "cancelled").exists() and (here.folder / "cancelled").read_text().split()[-1] == "8"
+    assert ending.next == llmrun.NOBODY

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -328,3 +329,27 @@ def test_a_node_that_is_given_up_is_told_to_end(tmp_path):
         monkey.undo()
     orders = [json.loads(line)["do"] for line in (tmp_path / "heard").read_text().splitlines()]
     assert orders[-1] == "end"
+
+
+def test_an_orphaned_agent_of_a_cancelled_run_asks_for_no_requeue(here, monkeypatch):
+    """Started as the driver starts it; its driver falls silent after the user's `cancel`."""
+    run = llmrun.make_run(llmrun.prepare(here.config(engine={"name": "echo"}), []))
+    run.record_submit(17, shape=0)
+    run.stop_file.touch()
+    text = run.script.read_text()
+    for name, value in (("LOST_DRIVER_S", "0.5"), ("BEAT_S", "0.1")):
+        text, found = re.subn(rf"(?m)^{name} = [0-9.]+", f"{name} = {value}", text)
+        assert found == 1
+    run.script.write_text(text)
+    (here.folder / "scontrol").write_text(f"#!/bin/sh\necho \"$@\" >> {here.folder}/asked\n")
+    (here.folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{here.folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    allocation = llmrun.Allocation(17, 0, ["n1"], {}, llmrun.math.inf, False, 17)
+    driver = llmrun.Driver(run, run.config(), 0, run.new_life(17, 0), allocation, None)
+    command = driver.agent_command("n1")
+    agent = subprocess.Popen(command[command.index(sys.executable):], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                             env=driver.agent_environment())
+    agent.wait(10)
+    agent.stdin.close()
+    assert not (here.folder / "asked").exists()
