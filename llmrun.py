@@ -1357,10 +1357,10 @@ class Slurm:
         answer = self.call("scontrol", "show", "partition", "-o")
         return [parse_partition(line) for line in answer.stdout.splitlines() if line.startswith("PartitionName=")]
 
-    def cancel(self, job, *options):
-        answer = self.call("scancel", *options, str(job))
+    def cancel(self, jobs, *options):
+        answer = self.call("scancel", *options, *map(str, jobs))
         if answer.returncode:
-            raise ClusterError("scancel", answer.stderr or "refused", f"is job {job} yours?")
+            raise ClusterError("scancel", answer.stderr or "refused", f"is job {' '.join(map(str, jobs))} yours?")
 
     def requeue(self, job):
         """Put a job back into the queue under the same id; "" or why Slurm would not.
@@ -2560,9 +2560,10 @@ class Agent:
         run, beat_file = Run(Path(beat_file).parent.parent), Path(beat_file)
         try:
             beat = beat_file.read_bytes()
+            if beat == Run.ENDED_BEAT or run.stop_file.exists():
+                return False
             await asyncio.sleep(STILL_DRIVER_S)
-            still = beat_file.read_bytes() == beat
-            return still and beat != Run.ENDED_BEAT and not run.stop_file.exists()
+            return beat_file.read_bytes() == beat and not run.stop_file.exists()
         except OSError:  # who cannot see the run's folder cannot know
             return False
 
@@ -5413,7 +5414,9 @@ def drive(run, allocation, shape=0, work=Prompts, **wishes):
     driver, begun, stop = Driver(run, run.config(shape), shape, life, allocation, tell), None, Stop(DONE)
     try:
         begun = work.begin(driver, **wishes)
-        if driver.fruitless() > MAX_FRUITLESS:  # whoever started us again and again
+        if run.stop_file.exists():  # a job that started after all
+            stop = Stop(WORK_LEFT, "the run was cancelled")
+        elif driver.fruitless() > MAX_FRUITLESS:  # whoever started us again and again
             stop = Stop(CLUSTER_FAILED, f"{MAX_FRUITLESS} starts in a row answered nothing; `logs` shows them")
         elif not begun.finished:
             stop = asyncio.run(driver.live(begun))
@@ -5531,7 +5534,7 @@ class Driver:
         """Jobs of the run that have not begun need not."""
         if self.run.submitted():
             with contextlib.suppress(ClusterError):
-                Slurm(os.environ).cancel(" ".join(map(str, self.run.submitted())), "--state=PENDING")
+                Slurm(os.environ).cancel(self.run.submitted(), "--state=PENDING")
 
     def going_on(self, work, stop):
         """What `hand_over` says, or that Slurm said nothing."""
@@ -5592,6 +5595,10 @@ class Driver:
                 failed = f"{refused or 'a new job was refused'} ({error.what})"
                 continue
             self.run.record_submit(job, shape=self.shape, after=self.life, without=excluded)
+            if self.run.stop_file.exists():  # whoever cancelled the run meanwhile did not know of it
+                with contextlib.suppress(ClusterError):
+                    Slurm(os.environ).cancel([job])
+                return stop.leads_to(more="the run was cancelled")
             return stop.leads_to(SUCCESSOR, job, f"Slurm would not requeue it ({refused})" if refused else "")
         return stop.leads_to(more=f"{failed}: {resume}")
 
@@ -6106,18 +6113,26 @@ def command_cancel(args):
     stopped = [start["pid"] for start in starts if not start["job"] and is_alive(start, None)]
     if going or stopped:
         write_file(run.stop_file, "")  # before any signal: what ends now is not to go on by itself
-    for job, state in going.items():
-        slurm.cancel(job, *["--batch", "--signal=USR1"] * (args.drain and state == "RUNNING"))
     for pid in stopped:
         os.kill(pid, signal.SIGUSR1 if args.drain else signal.SIGTERM)
+    refused = {}
+    for job, state in going.items():
+        try:
+            slurm.cancel([job], *["--batch", "--signal=USR1"] * (args.drain and state == "RUNNING"))
+        except ClusterError as error:  # the others are to end all the same
+            refused[job] = error
+    going = {job: state for job, state in going.items() if job not in refused}
     if args.json:
-        say_json({"run": run.name, "cancelled": list(going), "stopped": stopped})
+        say_json({"run": run.name, "cancelled": list(going), "stopped": stopped, "refused": list(refused)})
     else:
         what = "finishes what is under way" if args.drain else "cancelled"
         said = [f"job {job}: {what if state == 'RUNNING' else 'cancelled'}" for job, state in going.items()]
         said += [f"the driver of {run.name}: {what if args.drain else 'stopped'}"] * bool(stopped)
-        say("\n".join(said) or f"{run.name} is not running")
-    return DONE
+        if said or not refused:
+            say("\n".join(said) or f"{run.name} is not running")
+    for error in refused.values():
+        sys.stderr.write(f"llmrun: {error}\n")
+    return CLUSTER_FAILED if refused else DONE
 
 
 def command_results(args):

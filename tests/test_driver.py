@@ -388,3 +388,16 @@ def test_a_job_that_is_submitted_while_the_run_is_cancelled_is_cancelled_too(her
     ending = driver.finish(llmrun.Work(), llmrun.Stop(3, "the node was lost", go_on=True, without=("n1",)))
     assert (here.folder / "cancelled").exists() and (here.folder / "cancelled").read_text().split()[-1] == "8"
     assert ending.next == llmrun.NOBODY
+
+
+def test_at_a_runs_end_each_of_its_submits_is_cancelled_by_its_own_word(driver, monkeypatch):
+    """`scancel "7 9"` is refused, and what waits would start for nothing."""
+    folder = driver.run.folder
+    (folder / "scancel").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {folder}/asked\n")
+    (folder / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    driver.run.record_submit(9, shape=0)
+    work = Left()
+    work.finished = True
+    driver.finish(work, llmrun.Stop(llmrun.DONE))
+    assert sorted((folder / "asked").read_text().split("\n")) == ["", "--state=PENDING", "7", "9"]
