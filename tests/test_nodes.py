@@ -353,3 +353,18 @@ def test_an_orphaned_agent_of_a_cancelled_run_asks_for_no_requeue(here, monkeypa
     agent.wait(10)
     agent.stdin.close()
     assert not (here.folder / "asked").exists()
+
+
+def test_what_an_earlier_start_left_in_a_log_is_not_told_of_a_later_one(agent):
+    """An engine that is started again writes on in the log of the one that died."""
+    agent.start(1, "sh", "-c", "echo cudaMalloc failed: out of memory; sleep 0.1; exit 1", progress="memory|KV")
+    assert agent.heard("exit", "p")["tail"] == ["cudaMalloc failed: out of memory"] and agent.heard("line")
+    agent.said.clear()
+    agent.start(2, "sh", "-c", "echo KV buffer; sleep 0.4; kill -SEGV $$", progress="memory|KV")
+    ended = agent.heard("exit", "p")
+    assert ended["code"] == -signal.SIGSEGV and ended["tail"] == ["KV buffer"], "the cause is this start's own"
+    assert [m["line"] for m in agent.said if "line" in m] == ["KV buffer"]
+    agent.said.clear()
+    agent.start(3, "sh", "-c", "exit 1")
+    assert agent.heard("exit", "p")["tail"] == [], "who says nothing is not given another's words"
+    assert len((agent.folder / "p.log").read_text().splitlines()) == 2, "the log itself keeps all"

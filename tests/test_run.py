@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import time
 
@@ -234,3 +235,79 @@ def test_why_a_job_waits_is_said_in_words(run, reason, words):
     assert found["state"] == "pending" and words in found["detail"] and found["exit_code"] is None
     job = slurm_says("PENDING")[7]._replace(start=str(int(time.time())), ahead=3)
     assert "3 waiting jobs" in llmrun.pending_words(job) and "expected to start" in llmrun.pending_words(job)
+
+
+# ── the watch over a run ───────────────────────────────────────────────────────
+
+
+class Squeue:
+    """A Slurm whose squeue shows these rows, or fails; `asked` are the words of each call of one of its commands."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.now = folder / "slurm", 1000.0
+        self.folder.mkdir()
+        for name, lines in (("squeue", ["case \"$*\" in *PENDING*) echo 'main|1|99'; exit;; esac", "[ -e refused ] && exit 1", "cat rows"]),
+                            ("scontrol", ["echo 'JobId=7 ExitCode=0:9'"])):
+            text = "\n".join(["#!/bin/sh", f"cd {self.folder}", f"echo {name} \"$@\" >> asked", *lines, ""])
+            (self.folder / name).write_text(text)
+            (self.folder / name).chmod(0o755)
+        self.slurm = llmrun.Slurm({"PATH": f"{self.folder}:{os.environ['PATH']}"})
+        monkeypatch.setattr(llmrun, "clock", lambda: self.now)
+        self.shows()
+
+    def shows(self, *rows):
+        """Rows are (job, state, reason)."""
+        (self.folder / "refused").unlink(missing_ok=True)
+        (self.folder / "rows").write_text("".join(f"{job}|{state}|{reason}|N/A|N/A|5:00|n1\n" for job, state, reason in rows))
+
+    def fails(self):
+        (self.folder / "refused").touch()
+
+    def asked(self, *words):
+        lines = (self.folder / "asked").read_text().splitlines() if (self.folder / "asked").exists() else []
+        return [line for line in lines if all(word in line for word in words)]
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    return Squeue(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_slurm_that_did_not_answer_has_not_said_that_a_job_is_gone(run, squeue, begun):
+    """Of a job that has not begun, and of one whose driver is on another node."""
+    run.record_submit(7, shape=0)
+    if begun:
+        tell(run, LIFE, started(host="elsewhere"))
+    squeue.fails()
+    look = llmrun.state_watch(run, squeue.slurm)
+    for _ in range(5):
+        assert look()["exit_code"] is None and look()["state"] not in ("killed", "failed")
+        squeue.now += 20
+    squeue.shows((7, "RUNNING", "None"))
+    assert look()["exit_code"] is None
+    squeue.fails()
+    squeue.now += 20
+    assert look()["exit_code"] is None
+    squeue.shows()
+    squeue.now += 20
+    assert look()["exit_code"] == 3, "it answers, and knows of no such job"
+
+
+def test_who_waits_in_a_pipe_reads_each_new_reason_why(run, squeue, monkeypatch, capsys):
+    run.record_submit(7, shape=0)
+    told = iter([("PENDING", "Priority"), ("PENDING", "Priority"), ("PENDING", "ReqNodeNotAvail"), ("PENDING", "JobHeldAdmin")])
+
+    def pause(child, time_s):
+        squeue.now += 20
+        state = next(told, None)
+        if state:
+            squeue.shows((7, *state))
+        else:
+            tell(run, LIFE, started(), ended())
+    pause(None, 0)
+    monkeypatch.setattr(llmrun, "pause", pause)
+    assert llmrun.follow(run, squeue.slurm) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pending")]
+    assert [bool(re.search(words, line)) for words, line in zip(("waiting its turn", "nodes that are down", "administrator"), said)] == [True] * 3
+    assert len(said) == 3, "and no line comes twice"
