@@ -303,9 +303,10 @@ def signal_name(number):
         return f"signal {number}"
 
 
-def log_tail(path):
+def log_tail(path, since=0):
+    """The last lines of a log, of those behind a place in it."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 16384))
+        file.seek(max(since, os.fstat(file.fileno()).st_size - 16384))
         return [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()][-TAIL_LINES:]
     return []
 
@@ -1220,6 +1221,14 @@ class Job(NamedTuple):
     killed_by: str = ""  # the signal that its batch process died of
 
 
+UNKNOWN = "UNKNOWN"
+
+
+def unknown_job(job):
+    """A job of which Slurm has said nothing."""
+    return Job(str(job), UNKNOWN, "", "", "", "", "")
+
+
 def has_nodes(job):
     """Whether a job may have a process on its nodes, as far as Slurm has said."""
     return job is not None and job.state not in ENDED_STATES and job.state not in WAITING_STATES
@@ -1897,6 +1906,8 @@ def state_before_start(run, job_id, job):
         said = log_tail(run.job_output(job_id))
         why = said[-1] if said else ENDINGS.get(job.state if job else "", "the job ended before it started anything")
         return {"state": "failed", "detail": why, "exit_code": CLUSTER_FAILED}
+    if job.state == UNKNOWN:
+        return {"state": "pending", "detail": "Slurm has not yet said how it stands"}
     if job.state in WAITING_STATES:
         return {"state": "pending", "detail": pending_words(job)}
     making_ready = ": the nodes are being made ready" if job.state == "CONFIGURING" else ""
@@ -1920,18 +1931,20 @@ def is_alive(start, job):
 
 def state_watch(run, slurm):
     """A function that gives the run's state: its own files each time, Slurm's word at most every 15 s."""
-    jobs, asked, doubted = {}, -math.inf, set()
+    jobs, asked, doubted = None, -math.inf, set()
 
     def ask():
         nonlocal jobs, asked
         asked = clock()
-        with contextlib.suppress(ClusterError):  # Slurm may be away for a while; the run's files are not
+        try:
             jobs = slurm.jobs(run.submitted())
+        except ClusterError:  # Slurm may be away for a while, which does not say that a job is gone
+            jobs = jobs or {job: unknown_job(job) for job in run.submitted()}
 
     def look():
         if slurm and clock() - asked >= 15:
             ask()
-        state = state_of(run, jobs)
+        state = state_of(run, jobs or {})
         if slurm and state["state"] in ("killed", "stopping") and state["job"] not in doubted:
             doubted.add(state["job"])  # Slurm's word is from before that, so ask once out of turn
             ask()
@@ -2661,14 +2674,15 @@ class Agent:
             if "$" in env[name]:
                 raise OSError(errno.ENOENT, f"{value} is not set on this node")
         with open(process.log, "ab") as output:
+            since = output.tell()  # an earlier start's words are not this one's
             started, done = self.launch(process.argv, env, output)
         self.processes[process.name] = (started, done, process)
-        asyncio.ensure_future(self.watch(started, done, process))
+        asyncio.ensure_future(self.watch(started, done, process, since))
         return {"pid": started.pid}
 
-    async def watch(self, started, done, process):
+    async def watch(self, started, done, process, since):
         """Tell the lines that matter while it runs, and how it ended."""
-        pattern, at = process.progress and re.compile(process.progress), 0
+        pattern, at = process.progress and re.compile(process.progress), since
         with contextlib.suppress(OSError), open(process.log, "rb") as lines:  # a log that cannot be read hides no end
             while pattern and not done.done():
                 await asyncio.wait([done], timeout=0.3)
@@ -2682,7 +2696,7 @@ class Agent:
         code = await done
         kill_group(started.pid, signal.SIGKILL)  # what it left behind
         self.processes.pop(process.name, None)
-        self.send(exit=process.name, code=code, tail=log_tail(process.log))
+        self.send(exit=process.name, code=code, tail=log_tail(process.log, since))
 
     async def order_stop(self, name):
         """TERM, once more for those that wait for their clients, then KILL."""
@@ -5969,7 +5983,8 @@ def follow(run, slurm, child=None, quiet=False):
             if on_terminal():
                 sys.stdout.write("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
                 sys.stdout.flush()
-            step = state["state"], state["done"] * 10 // max(1, state["total"])
+            why = state["detail"] if state["state"] == "pending" else ""
+            step = state["state"], why, state["done"] * 10 // max(1, state["total"])
             if step != seen and not on_terminal():
                 say(line)
             seen = step
