@@ -2,11 +2,14 @@
 `status` and in the exit code. The words are those of llama.cpp builds of August 2025 and October 2026."""
 
 import asyncio
+import http.server
+import json
 import os
 import re
 import shutil
 import signal
 import socket
+import threading
 import types
 
 import pytest
@@ -276,6 +279,81 @@ def test_a_port_that_another_program_has(here):
         other.bind(("", 0))
         other.listen()
         told(here, f"port {other.getsockname()[1]} is in use", r"\[engine\] port", engine={"port": other.getsockname()[1]})
+
+
+@pytest.fixture
+def taken():
+    """A port that another program has."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+def test_two_workers_of_one_machine_may_be_wished_the_same_port(here):
+    """Nodes simulated on one host, or two students on one node: nobody outside needs to know a worker's port."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        wished = probe.getsockname()[1]
+    here.config(slurm={"nodes": 3}, engine={"llama": {"rpc_port": wished}})
+    said = here.llmrun("run", "config.json") + here.job_output()
+    one, other = re.search(r"--rpc \S+:(\d+),\S+:(\d+)", here.wait_for_event("engine_started")["command"]).groups()
+    assert str(wished) in (one, other) and one != other, "the first gets it"
+    assert re.search(rf"\b{wished}\b.*(taken|in use)", said), said
+
+
+def test_ports_of_a_flat_config_that_others_have_are_replaced_and_named(here, taken):
+    with socket.socket() as second:
+        second.bind(("", 0))
+        second.listen()
+        ports = {"port_rpc": taken, "port_server": second.getsockname()[1]}
+        flat = {"dir_llama_script": str(here.bin), "model": str(here.model), "prompts_user_dir": "prompts", "nodes": 2, **ports}
+        (here.folder / "config.json").write_text(json.dumps(flat))
+        here.means(prompts={"user": "prompts"})
+        said = here.llmrun("run", "config.json") + here.job_output()
+    for port in ports.values():
+        assert re.search(rf"\b{port}\b.*(taken|in use)", said), said
+        assert not re.search(rf"\b{port}\b", here.wait_for_event("engine_started")["command"])
+
+
+class Thief(http.server.BaseHTTPRequestHandler):
+    """Another user's process on the port that an engine was to have: it says that it is well, and answers all."""
+
+    def do_GET(self):
+        self.server.seen.append((self.command, self.path, self.headers.get("Authorization")))
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.dumps({"status": "ok", "choices": [{"finish_reason": "stop", "message": {"content": "a false answer"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_process_that_took_the_engines_port_is_given_no_key_and_no_prompt(here):
+    """It was quicker than our engine, which comes to listen late; the next start is on another port."""
+    here.write_prompts(6)
+    here.config(environment={"vars": {"FAKE_LLAMA_HANG": "start", "FAKE_LLAMA_ONCE": str(here.folder / "once")}},
+                engine={"load_timeout": 3})
+    running = here.start("run", "config.json")
+    command = here.wait_for_event("engine_started")["command"]
+    port = int(re.search(r"--port (\d+)", command).group(1))
+    thief = http.server.ThreadingHTTPServer(("127.0.0.1", port), Thief)
+    thief.seen = []
+    threading.Thread(target=thief.serve_forever, daemon=True).start()
+    output, _ = running.communicate(timeout=30)
+    thief.shutdown()
+    thief.server_close()
+    assert not [seen for seen in thief.seen if seen[0] == "POST"], "prompts"
+    assert not [seen for seen in thief.seen if seen[2]], "the key"
+    assert not [line for line in here.journal() if "false answer" in json.dumps(line)]
+    assert re.search(rf"\b{port}\b.*another (program|process|user)", output + here.job_output()), output
+    assert running.returncode in (0, 3), output
+    here.assert_answers()
 
 
 def test_a_key_file_that_cannot_be_read(here):
