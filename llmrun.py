@@ -586,7 +586,7 @@ class LlamaConfig:
     """llama.cpp's own settings."""
 
     gpu_layers: Any = key("auto", number_or("auto", 0, 100000), "Layers to put on GPUs; \"auto\" is as many as fit.")
-    rpc_port: int = key(0, PORT, "The port of the RPC workers; 0 takes a free one.")
+    rpc_port: int = key(0, PORT, "The port of the RPC workers, where it is free; 0 takes any free one.")
     rpc_cache: str = key("", NODE_TEXT, "A node-local folder in which RPC workers keep their part of the model "
                          "for the next start, as in \"/scratch/$USER/rpc\".")
     user_settings: bool = key(False, FLAG, "Also obey LLAMA_ARG_* variables and ~/.config/llama.cpp/config.ini.")
@@ -607,6 +607,7 @@ class EngineConfig:
     concurrency: int = key(0, number_between(0, 100000), "Prompts under way at each replica; 0 is a few more than its "
                            "slots.")
     port: int = key(0, PORT, "The engine's port; 0 takes a free one.")
+    port_is_wish: bool = dataclasses.field(default=False, metadata={"kind": FLAG, "doc": ""})  # of an old config
     load_timeout: float = key(3600.0, DURATION, "How long the model may take to load.")
     args: List[str] = key([], list_of(NODE_TEXT), "More arguments for the engine, as in [\"--flash-attn\", \"on\"].")
     llama: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
@@ -848,7 +849,7 @@ def from_flat_config(flat, source):
     if nodes != tasks:
         raise UserError(source, f"ntasks = {tasks} but nodes = {nodes}",
                         "one task runs on each node: make the two equal, or leave ntasks out")
-    data.setdefault("engine", {})["context"] = FLAT_CONTEXT
+    data.setdefault("engine", {}).update(context=FLAT_CONTEXT, port_is_wish=True)
     if flat.get("result_dir"):
         stamp = time.strftime("result_%d-%m-%Y_%H-%M-%S")
         data["results"] = {"folder": os.path.join(str(flat["result_dir"]), stamp), "file_name": "result_{name}.txt"}
@@ -2510,6 +2511,58 @@ def listen_on(port):
     return listener
 
 
+class Listener(NamedTuple):
+    """A socket that listens, as /proc/net tells it."""
+
+    uid: int
+    inode: str
+
+
+def listeners_on(address, port):
+    """The sockets that a connection to this IPv4 address and port can reach: bound to it, or else to any address."""
+    packed = socket.inet_aton(address)
+    own = {f"{int.from_bytes(packed, sys.byteorder):08X}",  # the kernel writes whole words in the machine's order
+           f"0000000000000000{int.from_bytes(bytes((0, 0, 255, 255)), sys.byteorder):08X}"
+           f"{int.from_bytes(packed, sys.byteorder):08X}"}
+    found = {True: [], False: []}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                host, _, number = fields[1].partition(":")
+                if fields[3] == "0A" and int(number, 16) == port and (host in own or not host.strip("0")):
+                    found[host in own].append(Listener(int(fields[7]), fields[9]))
+    return found[True] or found[False]
+
+
+def sockets_of(leader):
+    """The inodes of all sockets of a process that leads a session, and of its session and descendants; None where
+    /proc does not show them."""
+    parents, members = {}, {leader}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError, IndexError):
+            _, parent, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+            parents[pid] = int(parent)
+            members.update({pid} if int(session) == leader else ())
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in members} - members
+        if not more:
+            break
+        members |= more
+    try:
+        links = [os.readlink(f"/proc/{pid}/fd/{fd}") for pid in members for fd in open_files(pid)]
+    except PermissionError:
+        return None
+    return {link[len("socket:["):-1] for link in links if link.startswith("socket:[")}
+
+
+def open_files(pid):
+    try:
+        return os.listdir(f"/proc/{pid}/fd")
+    except FileNotFoundError:  # it has just ended
+        return []
+
+
 async def first_reachable(addresses, port, nonce, timeout_s):
     """The first of these addresses behind which the nonce's owner answers, or "" when none does."""
     async def attempt(number, address):
@@ -2734,6 +2787,16 @@ class Agent:
             return False
         writer.close()
         return True
+
+    async def order_owns(self, name, address, port):
+        """Whether all that listens there is of a process of ours: on a shared node another user's may be quicker."""
+        listeners = listeners_on(address, port)
+        if name not in self.processes or not listeners:
+            return False
+        ours = sockets_of(self.processes[name][0].pid)
+        if ours is None:
+            return all(listener.uid == os.getuid() for listener in listeners)
+        return all(listener.inode in ours for listener in listeners)
 
     async def order_gpus(self):
         """Free MiB of each GPU this job may use; nothing where nvidia-smi is not at hand."""
@@ -3003,6 +3066,11 @@ class EngineFailed(ClusterError):
 
     killed = False  # by somebody else: that may not come again
 
+    @property
+    def port_taken(self):
+        """Whether another program has its port: another port is free, maybe."""
+        return "by another program" in self.what
+
 
 def model_name(config):
     return config.model.name or Path(config.model.path).name or config.engine.name
@@ -3034,6 +3102,10 @@ class Engine:
     def ports(self, head):
         """The port or range of the head (else of the others), "" for any."""
         return self.config.network.ports
+
+    def is_wish(self, head):
+        """Whether another port will do, since nobody outside needs to know it."""
+        return False
 
     async def probe(self, node, is_head):
         """What is installed on a node; raises EngineFailed where something is missing."""
@@ -3121,6 +3193,9 @@ class LlamaCpp(Engine):
     def ports(self, head):
         fixed = self.config.engine.port if head else self.llama.rpc_port
         return str(fixed) if fixed else self.config.network.ports
+
+    def is_wish(self, head):
+        return bool(self.config.engine.port_is_wish if head else self.llama.rpc_port)
 
     async def probe(self, node, is_head):
         folder = self.config.engine.path
@@ -3326,9 +3401,9 @@ class Replica:
                 await self.start_once()
                 break
             except EngineFailed as error:
-                fixed = self.engine.ports(head=True).isdigit() or self.engine.ports(head=False).isdigit()
-                if "port is in use" not in str(error) or fixed or attempt == self.STARTS - 1:
+                if not error.port_taken or attempt == self.STARTS - 1:
                     raise
+                self.tell("port_replaced", why=str(error))
                 await self.stop()
 
     async def start_once(self):
@@ -3340,11 +3415,13 @@ class Replica:
         await self.start_process(head.node, server)
         self.tell("engine_started", replica=self.number, nodes=[node.name for node in self.nodes],
                   command=" ".join(map(quote, server.argv)))
-        self.client = Client(head.address, head.port, key)
-        started = clock()
+        self.client, started = Client(head.address, head.port), clock()  # who answers there is not known yet: no key
         await self.unless_failed(wait_until(
             f"{server.name} on {head.node.name} to be ready", self.answers_health,
             self.engine.config.engine.load_timeout, f"raise [engine] load_timeout, or see {server.log}"))
+        await self.prove_owner(head, server)
+        self.client.close()
+        self.client = Client(head.address, head.port, key)
         self.tell("ready", replica=self.number, load_s=round(clock() - started, 2), host=head.address, port=head.port)
 
     async def recover(self, error, restarts=RESTARTS):
@@ -3371,9 +3448,16 @@ class Replica:
 
         async def way(node):
             head = node is self.head
+            prober, what = here if head else self.head, "the engine" if head else "the RPC worker"
             try:
-                return await open_way(node, here if head else self.head, engine.ports(head), interface,
-                                      "the engine" if head else "the RPC worker")
+                try:
+                    return await open_way(node, prober, engine.ports(head), interface, what)
+                except NodeRefusal as refused:
+                    if not engine.is_wish(head):
+                        raise
+                    self.tell("port_replaced", node=node.name, port=engine.ports(head),
+                              why=f"{refused.what}: another one is taken")
+                    return await open_way(node, prober, engine.config.network.ports, interface, what)
             except NodeRefusal as refused:
                 raise EngineFailed(node.name, refused.what, FREE_PORTS + ", or widen [network] ports")
         count = len(self.nodes)
@@ -3397,6 +3481,13 @@ class Replica:
         await self.unless_failed(wait_until(
             f"{process.name} on {placed.node.name} to listen",
             lambda: placed.node.ask("connect", host=placed.address, port=placed.port), 60, f"see {process.log}"))
+        await self.prove_owner(placed, process)
+
+    async def prove_owner(self, placed, process):
+        """Go on only if what answers on the port is the process that was started there."""
+        if not await placed.node.ask("owns", name=process.name, address=placed.address, port=placed.port):
+            raise EngineFailed(placed.node.name, f"port {placed.port} was taken by another program before "
+                               f"{process.name} had it", FREE_PORTS)
 
     async def answers_health(self):
         try:
