@@ -3401,10 +3401,15 @@ class Replica:
                 await self.start_once()
                 break
             except EngineFailed as error:
-                if not error.port_taken or attempt == self.STARTS - 1:
+                if not error.port_taken or self.has_fixed_port or attempt == self.STARTS - 1:
                     raise
                 self.tell("port_replaced", why=str(error))
                 await self.stop()
+
+    @property
+    def has_fixed_port(self):
+        engine = self.engine
+        return any(engine.ports(head).isdigit() and not engine.is_wish(head) for head in (True, False))
 
     async def start_once(self):
         group = await self.place()

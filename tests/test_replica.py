@@ -29,7 +29,7 @@ def test_a_few_prompts_wait_at_the_engine_so_that_no_slot_is_empty(engine, in_fl
 @pytest.fixture
 def replica(monkeypatch):
     """A replica whose clock stands where the test sets it; `starts` is what its next starts come to."""
-    engine = types.SimpleNamespace(ports=lambda head: "")
+    engine = types.SimpleNamespace(ports=lambda head: "", is_wish=lambda head: False)
 
     async def start_once():
         replica.started += 1
