@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import types
 
 import llmrun
 import pytest
@@ -629,3 +630,73 @@ def test_results_of_more_lives_than_files_may_be_open_are_written(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     rows = [json.loads(line)["llmrun"]["row"] for line in (folder / "results.jsonl").read_text().splitlines()]
     assert rows == list(range(60))
+
+
+# ── failed prompts that are asked again ────────────────────────────────────────
+
+
+def life_of(run, job, restart=0):
+    """The driver of a life that has begun."""
+    life = run.new_life(job, restart)
+    tell = llmrun.Events(run, life).append
+    tell("start", job=job, submitted=job, nodes=["n1"], pid=1, born=1, host="elsewhere")
+    allocation = llmrun.Allocation(job, restart, ["n1"], {}, llmrun.clock() + 60, False, job)
+    return llmrun.Driver(run, run.config(), 0, life, allocation, tell)
+
+
+def lived(driver, failed_again, stop, outcomes):
+    """A life that asks as many prompts as there are outcomes, which are ok or not: the numbers asked, and its ending."""
+    asked = []
+
+    async def work():
+        work = llmrun.Prompts.begin(driver, failed_again=failed_again)
+        work.pump = types.SimpleNamespace(first_sent=llmrun.clock())
+        for ok in outcomes:
+            asked.append(work.claims.next())
+            result = result_of(work.claims.marks.prompts, asked[-1])
+            work.keep([result if ok else result._replace(status=500)])
+        work.report()
+        return work
+    begun = asyncio.run(work())
+    ending = driver.finish(begun, stop)
+    driver.tell("end", **ending._asdict(), **begun.counts())
+    return asked, ending
+
+
+CUT = llmrun.Stop(llmrun.WORK_LEFT, "the time limit came", go_on=True)
+
+
+@pytest.fixture
+def failed(tmp_path, monkeypatch):
+    """A run of sixty prompts that all failed but one."""
+    monkeypatch.setattr(llmrun.Slurm, "requeue", lambda slurm, job: "")
+    run, _ = sixty(tmp_path)
+    run.record_submit(7, shape=0)
+    _, ending = lived(life_of(run, 7), False, llmrun.Stop(llmrun.DONE), [True] + [False] * 59)
+    assert ending.code == llmrun.SOME_FAILED
+    run.record_submit(8, shape=0)  # resume --failed
+    return run
+
+
+def test_failed_prompts_that_were_to_be_asked_again_are_left_when_the_time_ends_first(failed):
+    asked, ending = lived(life_of(failed, 8), True, CUT, [True, True, False])
+    assert asked == [1, 2, 3] and (ending.code, ending.next) == (llmrun.WORK_LEFT, llmrun.REQUEUED)
+    state = llmrun.state_of(failed, {8: llmrun.Job("8", "PENDING", "BeginTime", "N/A", "N/A", "5:00", "")})
+    assert state["exit_code"] is None and state["state"] == "pending"
+    asked, ending = lived(life_of(failed, 8, restart=1), True, llmrun.Stop(llmrun.DONE), [True] * 56)
+    assert asked == list(range(4, 60)), "and what was asked again is not asked a third time"
+    assert ending.code == llmrun.SOME_FAILED
+    assert len((failed.results / "results.jsonl").read_text().splitlines()) == 59
+    assert llmrun.state_of(failed, {})["exit_code"] == llmrun.SOME_FAILED
+
+
+def test_failed_prompts_that_were_to_be_asked_again_are_asked_by_whoever_goes_on(failed):
+    """Its user stops it, and goes on later by a plain `resume`."""
+    failed.stop_file.touch()
+    _, ending = lived(life_of(failed, 8), True, CUT, [True, False])
+    state = llmrun.state_of(failed, {})
+    assert (ending.code, ending.next) == (llmrun.WORK_LEFT, llmrun.NOBODY) and state["exit_code"] == llmrun.WORK_LEFT
+    failed.stop_file.unlink()
+    failed.record_submit(9, shape=0)
+    asked, ending = lived(life_of(failed, 9), False, llmrun.Stop(llmrun.DONE), [True] * 57)
+    assert asked == list(range(3, 60)) and ending.code == llmrun.SOME_FAILED
