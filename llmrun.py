@@ -1651,6 +1651,17 @@ class Run:
     def beat_file(self, life):
         return self.claims / f"beat.{life}"
 
+    def again_file(self, job):
+        return self.claims / f"again.{job}"
+
+    def asked_again(self):
+        """{journal's file: up to where its failures are open again}, by all that `resume --failed` was told."""
+        places = collections.Counter()
+        for name in self.disk.names(self.claims):
+            if name.startswith("again."):
+                places |= collections.Counter(json.loads(self.disk.read(self.claims / name)))
+        return places
+
     def new_life(self, job, restart):
         """The next life of this job: the first number that nobody else was given."""
         for number in itertools.count():
@@ -1848,6 +1859,8 @@ def state_of(run, jobs):
     if not lives:
         return {**state, **state_before_start(run, job, jobs.get(job))}
     complete = next((life for life in reversed(lives) if life.complete), None)
+    if complete and any(life.last_word and not life.complete and life.began > complete.ended for life in lives):
+        complete = None  # failed prompts were to be asked again, and work was left of that
     going = [life for life in lives if life.ending is None]
     if going and not (complete and all(life.began <= complete.ended for life in going)):
         return {**state, **state_of_going(going, state)}
@@ -4298,8 +4311,8 @@ class Marks:
     READ_BYTES = 2**22
     OPEN_FILES = 12
 
-    def __init__(self, run, prompts):
-        self.run, self.prompts = run, prompts
+    def __init__(self, run, prompts, again=None):
+        self.run, self.prompts, self.again = run, prompts, again or {}  # whose failures are taken as not asked yet
         self.segments, self.read_to = [], []
         self.state = bytearray(len(prompts))
         self.place = array.array("Q", b"\xff" * 8 * len(prompts))  # NOWHERE
@@ -4334,7 +4347,13 @@ class Marks:
                     self.mark(tuple(map(int, match.groups())), line.endswith(OK_END), index << 44 | self.read_to[index])
                 self.read_to[index] += len(line) + 1
 
+    def places(self):
+        """{journal's file: up to where it was read}."""
+        return {segment.path.name: end for segment, end in zip(self.segments, self.read_to)}
+
     def mark(self, key, ok, place):
+        if not ok and self.again and place & (2**44 - 1) < self.again.get(self.segments[place >> 44].path.name, 0):
+            return
         number, state = self.prompts.number(key), self.DONE if ok else self.FAILED
         if number < len(self.state) and (state > self.state[number] or state == self.state[number]
                                          and self.order(place) < self.order(self.place[number])):
@@ -4348,12 +4367,6 @@ class Marks:
         state = self.DONE if ok else self.FAILED
         if state > self.state[number]:
             self.state[number], self.place[number] = state, self.NOWHERE
-
-    def forget_failures(self):
-        """Take failed prompts as not asked yet."""
-        for number in range(len(self.state)):
-            if self.state[number] == self.FAILED:
-                self.state[number], self.place[number] = self.OPEN, self.NOWHERE
 
     def count(self, state):
         return self.state.count(state)
@@ -5389,9 +5402,11 @@ class Prompts(Work):
         run, life = driver.run, driver.life
         journal = patiently("cannot begin", lambda: Journal(run, life, driver.tell))
         prompts = Input.load(run, driver.config, model_name(driver.config))
-        claims = Claims(run, life, Marks(run, prompts), chunk_starts(len(prompts), run.config().slurm.jobs))
-        if failed_again:
-            claims.marks.forget_failures()
+        if failed_again:  # said once for the job, whatever its lives
+            job = driver.allocation.submitted or life
+            run.disk.put_new(run.again_file(job), json.dumps(Marks(run, prompts).places()).encode())
+        marks = Marks(run, prompts, run.asked_again())
+        claims = Claims(run, life, marks, chunk_starts(len(prompts), run.config().slurm.jobs))
         return cls(run, driver.config, claims, journal, driver.tell)
 
     @property
@@ -5471,8 +5486,8 @@ class Prompts(Work):
         a disk in trouble may have lost what was read before."""
         patiently("cannot write the results", self.journal.close, patience_s)
         self.claims.end()
-        prompts, self.claims.marks = self.claims.marks.prompts, None  # a million's places take 8 MB
-        self.claims.marks = patiently("cannot read the journals", lambda: Marks(self.run, prompts), patience_s)
+        prompts, again, self.claims.marks = self.claims.marks.prompts, self.claims.marks.again, None  # they take room
+        self.claims.marks = patiently("cannot read the journals", lambda: Marks(self.run, prompts, again), patience_s)
 
     def with_others(self):
         return self.claims.all_with_others()
@@ -5489,7 +5504,8 @@ class Prompts(Work):
         with contextlib.suppress(OSError, ValueError):
             if self.finished and json.loads(self.run.summary.read_text()).items() >= found.items():
                 return False
-        folder = write_results(self.run, self.config, self.claims.marks)
+        marks = self.claims.marks  # to users, what is to be asked again has failed until it is
+        folder = write_results(self.run, self.config, Marks(self.run, marks.prompts) if marks.again else marks)
         tokens = sum(self.run.progress(life).get("tokens", 0) for life in self.run.lives())
         summary = {**found, "completion_tokens": tokens, "results": str(folder)}
         write_file(self.run.summary, json.dumps(summary, indent=1) + "\n")

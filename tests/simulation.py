@@ -638,13 +638,13 @@ class Driver:
         try:
             life = llmrun.Life(0, 0, 0) if self.world.faults.one_journal else self.life
             self.journal = llmrun.Journal(self.run, life, self.tell)
-            self.claims = llmrun.Claims(self.run, self.life, llmrun.Marks(self.run, self.world.rows), self.world.starts,
+            again = llmrun.Marks(self.run, self.world.rows).places() if self.fate.failed_again else None
+            self.claims = llmrun.Claims(self.run, self.life, llmrun.Marks(self.run, self.world.rows, again), self.world.starts,
                                         self.process.time)
             self.work = llmrun.Prompts(self.run, None, self.claims, self.journal, self.tell)
             self.work.pump = self
             if self.fate.failed_again:
                 self.world.counts["lives that ask failed prompts again"] += 1
-                self.claims.marks.forget_failures()
             if not self.claims.finished:
                 await self.live()
         except OSError:
@@ -787,7 +787,8 @@ def check_the_end(world):
     for driver in world.drivers:  # those that merged go on with what they know already
         if driver.merged is driver.host.booted and not any(file.lost and file.host is driver.host for file in journals):
             driver.disk.process = None
-            readers.append((driver.claims.marks, f"the merge of {driver.life}, later,"))
+            if not driver.claims.marks.again:  # who asks failed prompts again does not know of their errors
+                readers.append((driver.claims.marks, f"the merge of {driver.life}, later,"))
     for marks, whose in readers:
         marks.refresh()
         compare(merged(marks), expected, total, whose)

@@ -604,9 +604,10 @@ def test_errors_that_were_mended_do_not_stay_beside_the_results(three):
 def test_failures_that_are_forgotten_are_asked_again_and_nothing_else(three):
     _, run, prompts = three
     journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 0)), llmrun.journal_line(result(prompts, 1, 400)))
-    marks = llmrun.Marks(run, prompts)
-    marks.forget_failures()
-    assert list(marks.state) == [marks.DONE, marks.OPEN, marks.OPEN]
+    places = llmrun.Marks(run, prompts).places()
+    journal_of(run, "2.0.0", llmrun.journal_line(result(prompts, 2, 400)))
+    marks = llmrun.Marks(run, prompts, places)
+    assert list(marks.state) == [marks.DONE, marks.OPEN, marks.FAILED]
 
 
 # ── results that two write at once ─────────────────────────────────────────────

@@ -164,9 +164,7 @@ def write(run, life, status):
 @pytest.mark.parametrize("again", [True, False], ids=["asked again", "another's error"])
 def test_a_success_takes_the_place_of_an_error_that_was_read_before(run, again):
     write(run, llmrun.Life(1, 0, 0), 400)
-    marks = llmrun.Marks(run, Rows())
-    if again:
-        marks.forget_failures()
+    marks = llmrun.Marks(run, Rows(), llmrun.Marks(run, Rows()).places() if again else None)
     write(run, llmrun.Life(2, 0, 0), 200)
     marks.settle(0, True)
     marks.refresh()
