@@ -12,6 +12,7 @@ import types
 
 import llmrun
 import pytest
+import test_suspects
 from conftest import wait_for
 
 BOOT = "import sys; sys.path.insert(0, sys.argv[1]); import llmrun; {settings}; llmrun.main(['agent', 'n1'])"
@@ -368,3 +369,80 @@ def test_what_an_earlier_start_left_in_a_log_is_not_told_of_a_later_one(agent):
     agent.start(3, "sh", "-c", "exit 1")
     assert agent.heard("exit", "p")["tail"] == [], "who says nothing is not given another's words"
     assert len((agent.folder / "p.log").read_text().splitlines()) == 2, "the log itself keeps all"
+
+
+        agent.kill()
+        agent.communicate()
+    assert (tmp_path / "asked").exists() == asks
+
+
+# ── processes that survive KILL ────────────────────────────────────────────────
+
+
+async def ends_within(time_s, work):
+    """The outcome of some work, which ends in that time."""
+    work = asyncio.ensure_future(work)
+    await asyncio.wait([work], timeout=time_s)
+    ended = work.done()
+    work.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    assert ended, f"no end within {time_s} s"
+    return work.result()
+
+
+@pytest.fixture
+def undying(monkeypatch):
+    """undying(work) does some work in a time that costs none, on a machine where no process ends: each hangs in a
+    driver of its GPU. Gives what came of it."""
+    loop = test_suspects.Loop()
+    monkeypatch.setattr(llmrun, "clock", loop.time)
+    sent = []
+    monkeypatch.setattr(llmrun, "kill_group", lambda pid, number: sent.append(number))
+
+    def run(work):
+        asyncio.set_event_loop(loop)
+        try:
+            return loop.run_until_complete(work())
+        finally:
+            asyncio.set_event_loop(None)
+    run.sent = sent
+    yield run
+    loop.close()
+
+
+@pytest.mark.parametrize("order", ["stop", "run"])
+def test_an_agent_does_not_wait_for_ever_for_a_process_that_survives_kill(undying, order):
+    told = []
+
+    async def work():
+        agent = llmrun.Agent("n1")
+        agent.send = lambda **message: told.append(message)
+        started, done = types.SimpleNamespace(pid=4711), asyncio.get_running_loop().create_future()
+        agent.launch = lambda argv, env, output: (started, done)
+        agent.processes["llama-server"] = (started, done, llmrun.Process("llama-server", ["llama-server"], "log", grace_s=2.0))
+        details = {"stop": {"name": "llama-server"}, "run": {"argv": ["llama-server", "--version"], "timeout_s": 20}}[order]
+        await ends_within(300, agent.obey({"id": 1, "do": order, **details}))
+    undying(work)
+    answer, = [message for message in told if message.get("re") == 1]
+    assert signal.SIGKILL in undying.sent and "llama-server" in answer["error"] and "KILL" in answer["error"]
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["its agent says so", "its agent hangs, too"])
+def test_a_node_on_which_a_process_survives_kill_counts_as_lost(undying, tmp_path, answers):
+    told = []
+
+    async def work():
+        node = llmrun.Node("n1", [], {}, tmp_path / "log", lambda event, **facts: told.append((event, facts)), 5)
+        node.facts.set_result({})
+        why = "llama-server (process 4711) survives KILL"
+        node.write = lambda order: answers and order["do"] == "stop" and asyncio.get_running_loop().call_later(
+            30, node.take, {"re": order["id"], "errno": 0, "error": why})
+        replica = llmrun.Replica(0, types.SimpleNamespace(), [node], lambda event, **facts: told.append((event, facts)))
+        ended = node.exits["llama-server"] = asyncio.get_running_loop().create_future()
+        replica.running = [(node, types.SimpleNamespace(name="llama-server", grace_s=2.0), ended)]
+        assert await ends_within(300, replica.stop()) is None
+        with pytest.raises(llmrun.NodeLost, match="llama-server"):
+            await ends_within(10, node.ask("find", names=["sh"]))
+    undying(work)
+    (event, facts), = told
+    assert event == "node_lost" and facts["node"] == "n1" and "llama-server" in facts["why"]
