@@ -2469,6 +2469,7 @@ SILENT_NODE_S = 30.0  # one stall of a shared file system must not end a long lo
 LOST_DRIVER_S = 180.0  # an agent that hears nothing so long, not even an end, stops everything
 STILL_DRIVER_S = 30.0  # three times as long as a driver's beat in the claims may take
 STALL_S = 10.0  # a sleep that took so much longer says that we stood still ourselves: suspended, or a stalled disk
+KILLED_S = 10.0  # what has not ended so long after KILL may never do
 TERM_WAIT_S = 3.0  # an agent told to end by Slurm waits so long for the driver's order
 LINE_LIMIT = 2**20
 PR_SET_PDEATHSIG = 1
@@ -2726,7 +2727,7 @@ class Agent:
                 code = await within(timeout_s, asyncio.shield(done))
             except asyncio.TimeoutError:
                 kill_group(process.pid, signal.SIGKILL)
-                code = await done
+                code = await killed(argv[0], process.pid, done)
             output.seek(0)
             return {"code": code, "out": output.read(LINE_LIMIT // 4).decode("utf-8", "replace")}
 
@@ -2773,7 +2774,7 @@ class Agent:
             kill_group(started.pid, sent)
             with contextlib.suppress(asyncio.TimeoutError):
                 return await within(process.grace_s / 2, asyncio.shield(done))
-        return await done
+        return await killed(process.name, started.pid, done)
 
     async def order_probe(self, ports, nonce, interface):
         """Hold a port and answer on it with the nonce, until it is released for its process."""
@@ -2831,6 +2832,14 @@ class Agent:
     def kill_all(self):
         for started, _, _ in self.processes.values():
             kill_group(started.pid, signal.SIGKILL)
+
+
+async def killed(name, pid, done):
+    """The return code of a process that was sent KILL; an error where it hangs in a driver or a file system."""
+    try:
+        return await within(KILLED_S, asyncio.shield(done))
+    except asyncio.TimeoutError:
+        raise OSError(errno.EBUSY, f"{name} (process {pid}) survives KILL: it hangs in a GPU's driver or a file system")
 
 
 def kill_group(pid, signal_number):
@@ -3558,9 +3567,19 @@ class Replica:
         while self.running:
             node, process, ended = self.running.pop()
             if not ended.done():
-                with contextlib.suppress(ClusterError):
-                    await node.ask("stop", name=process.name)
-                    await ended
+                await self.stop_process(node, process, ended)
+
+    async def stop_process(self, node, process, ended):
+        """Stop it; a node on which that cannot be done is lost to us."""
+        try:
+            await within(process.grace_s + 2 * KILLED_S, node.ask("stop", name=process.name))
+            await ended
+        except NodeRefusal as refused:
+            node.lose(refused.what)
+        except asyncio.TimeoutError:
+            node.lose(f"{process.name} was told to stop, and nothing came of it")
+        except ClusterError:  # it is lost already
+            pass
 
 
 @contextlib.asynccontextmanager

@@ -371,11 +371,6 @@ def test_what_an_earlier_start_left_in_a_log_is_not_told_of_a_later_one(agent):
     assert len((agent.folder / "p.log").read_text().splitlines()) == 2, "the log itself keeps all"
 
 
-        agent.kill()
-        agent.communicate()
-    assert (tmp_path / "asked").exists() == asks
-
-
 # ── processes that survive KILL ────────────────────────────────────────────────
 
 

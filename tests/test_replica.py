@@ -103,7 +103,7 @@ def test_the_server_is_stopped_before_its_workers(replica):
             async def ask(self, order, name):
                 stopped.append(name)
                 next(ended for _, process, ended in running if process.name == name).set_result(None)
-        running = [(Node(), types.SimpleNamespace(name=name), asyncio.get_running_loop().create_future())
+        running = [(Node(), types.SimpleNamespace(name=name, grace_s=2.0), asyncio.get_running_loop().create_future())
                    for name in ("rpc2", "rpc3", "server")]
         replica.running = list(running)
         await asyncio.wait_for(replica.stop(), 2)
