@@ -183,7 +183,7 @@ def test_slurm_is_not_asked_at_every_look(run, monkeypatch):
     asked, now = [], [1000.0]
 
     class Slurm:
-        def jobs(self, ids):
+        def jobs(self, ids, *how, **wishes):
             asked.append(ids)
             return slurm_says("RUNNING")
     monkeypatch.setattr(llmrun, "clock", lambda: now[0])
