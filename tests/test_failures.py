@@ -2,6 +2,7 @@
 `status` and in the exit code. The words are those of llama.cpp builds of August 2025 and October 2026."""
 
 import asyncio
+import contextlib
 import http.server
 import json
 import os
@@ -356,6 +357,32 @@ def test_a_process_that_took_the_engines_port_is_given_no_key_and_no_prompt(here
     assert said and re.search(rf"\b{port}\b", said[0]), output
     assert running.returncode in (0, 3), output
     here.assert_answers()
+
+
+def test_a_process_that_took_a_workers_port_is_told_nothing_of_the_model(here):
+    build, slow, heard = make_build(here.folder / "bin"), here.folder / "slow", []
+    os.rename(build / "ggml-rpc-server", build / "real")
+    (build / "ggml-rpc-server").write_text(f"#!/bin/bash\n[ -e {slow} ] || {{ touch {slow}; sleep 5; exit 1; }}\nexec {build}/real \"$@\"\n")
+    (build / "ggml-rpc-server").chmod(0o755)
+    here.config(slurm={"nodes": 2}, engine={"path": str(build)})
+    running = here.start("run", "config.json")
+    wait_for("our worker, which is slow", slow.exists)
+    pid = here.process("ggml-rpc-server", "-H")
+    with open(f"/proc/{pid}/cmdline") as file:
+        port = int(re.search(r"-p\0(\d+)", file.read()).group(1))
+    thief = socket.create_server(("127.0.0.1", port))
+
+    def listen():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = thief.accept()
+                heard.append(connection.recv(100))
+                connection.close()
+    threading.Thread(target=listen, daemon=True).start()
+    output, _ = running.communicate(timeout=30)
+    thief.close()
+    assert not any(heard), heard
+    assert running.returncode in (0, 3), output
 
 
 def test_a_key_file_that_cannot_be_read(here):
