@@ -656,3 +656,29 @@ def test_results_after_failures_were_asked_again_are_newer_though_fewer_failed(t
     for _ in range(2):
         llmrun.write_results(run, config, older)
         assert [len((folder / name).read_text().splitlines()) for name in ("results.jsonl", "errors.jsonl")] == [1, 2]
+
+
+    marks = llmrun.Marks(run, prompts)
+    marks.forget_failures()
+    assert list(marks.state) == [marks.DONE, marks.OPEN, marks.OPEN]
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o007, 0o022, 0o077])
+def test_answers_are_the_users_to_share_and_what_is_ours_stays_closed(tmp_path, umask):
+    (tmp_path / "in.csv").write_text("q\nx\ny\n")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hi")
+    before = os.umask(umask)
+    try:
+        config = config_for(tmp_path, "[it][ne]*[sv]", template="{q}")
+        config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(folder=str(tmp_path / "answers")))
+        run, prompts = frozen_input(tmp_path, config)
+        journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, 400 if number == 1 else 200)) for number in range(len(prompts))))
+        folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+        assert llmrun.main(["init", str(tmp_path / "new")]) == 0
+    finally:
+        os.umask(before)
+    written = [*folder.iterdir(), tmp_path / "new" / "config.toml", *(tmp_path / "new" / "prompts").glob("**/*.txt")]
+    assert {path.name for path in folder.iterdir()} == {"results.jsonl", "errors.jsonl", "in.csv", "a.txt"} and len(written) == 8
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {path.name: oct(0o666 & ~umask) for path in written}
+    assert run.folder.stat().st_mode & 0o777 == 0o700 and run.key_file.stat().st_mode & 0o777 == 0o600
