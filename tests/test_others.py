@@ -131,12 +131,11 @@ def two(tmp_path):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_run_is_named_and_passed_over(tmp_path, two, damage, capsys, monkeypatch):
     whole, hurt = two
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     DAMAGES[damage](tmp_path / "runs" / hurt)
 
     def said(*args, codes=(0,)):
-        code = llmrun.main(list(args))
+        code = llmrun.main([*args, "--runs", str(tmp_path / "runs")])
         captured = capsys.readouterr()
         assert code in codes, captured
         return captured.out, captured.out + captured.err
