@@ -138,6 +138,11 @@ def one_line(text):
     return " ".join(str(text).split())
 
 
+def visible(text):
+    """A text as a terminal may have it: what would move, rename or clear it is shown, not obeyed."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], text)
+
+
 def os_reason(error):
     """An OSError in words, without Python's number and path around them."""
     text = error.strerror or str(error)
@@ -161,7 +166,7 @@ def whole_file(path, mode=None):
         raise
 
 
-def write_file(path, text, mode=0o644):
+def write_file(path, text, mode=None):
     with whole_file(path, mode) as file:
         file.write(text if isinstance(text, bytes) else text.encode(errors="replace"))
 
@@ -280,7 +285,7 @@ CLOCK_TO_DATE = time.time() - clock()
 
 def log(text):
     """One line for whoever reads the job's output."""
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {one_line(text)}\n")
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {visible(one_line(text))}\n")
     sys.stderr.flush()
 
 
@@ -1570,6 +1575,13 @@ class Run:
         data = json.loads(read_user_file(self.config_file(shape), "frozen config"))
         return build_config(Config, data, data["source"], None)
 
+    def made_at(self):
+        """When it was made, of a run whose frozen files can be read; 0 for what is no run."""
+        if not self.config_file().exists():
+            return 0
+        self.config(), self.submits(), json.loads(self.input_file("input.json").read_text())["rows"]
+        return self.key_file.stat().st_mtime_ns
+
     def input_file(self, name):
         return self.folder / "input" / name
 
@@ -1717,10 +1729,23 @@ def new_folder(parent, name):
     return None
 
 
+DAMAGED = (UserError, OSError, ValueError, TypeError, LookupError, AttributeError)  # what reading such files raises
+
+
+def readable(run, look):
+    """What a look at a run's files gives; None, and a word about it, where they are damaged or another user's."""
+    try:
+        return look(run)
+    except DAMAGED as error:
+        why = getattr(error, "what", "") or (os_reason(error) if isinstance(error, OSError) else repr(error))
+        log(f"{run.folder} is passed over, since it cannot be read: {why}")
+        return None
+
+
 def all_runs(folder):
-    """The runs below a folder, oldest first."""
-    folders = [path for path in Path(folder).glob("*") if (path / "shapes" / "0" / "config.json").exists()]
-    return [Run(path) for path in sorted(folders, key=lambda path: (path / "key").stat().st_mtime_ns)]
+    """The runs below a folder that can be read, oldest first."""
+    found = [(readable(run, Run.made_at), run) for run in map(Run, sorted(Path(folder).glob("*")))]
+    return [run for _, run in sorted((one for one in found if one[0]), key=lambda one: one[0])]
 
 
 NOBODY, REQUEUED, SUCCESSOR, OTHERS = "", "requeued", "successor", "others"
@@ -5808,16 +5833,19 @@ async def endpoint(run):
 # ═══════════════════════════════════════════════════════════════════════════════
 
 
-def say(text=""):
+def say(text="", style=""):
+    if on_terminal():
+        text = visible(text)
+        text = f"\033[{style}m{text}\033[0m" if style and not os.environ.get("NO_COLOR") else text
     print(text, flush=True)
+
+
+def complain(text):
+    sys.stderr.write(f"llmrun: {visible(text) if sys.stderr.isatty() else text}\n")
 
 
 def on_terminal():
     return sys.stdout.isatty()
-
-
-def colored(text, code):
-    return f"\033[{code}m{text}\033[0m" if on_terminal() and not os.environ.get("NO_COLOR") else text
 
 
 def say_table(header, rows):
@@ -5830,7 +5858,7 @@ def say_table(header, rows):
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for number, row in enumerate([header] + rows):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        say(colored(line, "1") if number == 0 else line)
+        say(line, "1" * (number == 0))
 
 
 def say_json(value):
@@ -6112,7 +6140,7 @@ def follow(run, slurm, child=None, quiet=False):
         if not quiet and line != told:
             told = line
             if on_terminal():
-                sys.stdout.write("\r\033[K" + line[:shutil.get_terminal_size().columns - 1])
+                sys.stdout.write("\r\033[K" + visible(line)[:shutil.get_terminal_size().columns - 1])
                 sys.stdout.flush()
             why = state["detail"] if state["state"] == "pending" else ""
             step = state["state"], why, state["done"] * 10 // max(1, state["total"])
@@ -6179,12 +6207,16 @@ def find_run(args):
                         "start one with `submit`, or name the folder: --runs")
     if not wanted:
         return runs[-1]
-    fitting = [run for run in runs if run.name == wanted or run.config().name == wanted
-               or wanted in map(str, run.submitted() + [life.job for life in run.lives()])]
+    fitting = [run for run in runs if wanted in (readable(run, names_of) or ())]
     if not fitting:
         raise UserError(wanted, "no run of that name or job id", nearest(wanted, [run.name for run in runs])
                         or "`status` lists the runs")
     return fitting[-1]
+
+
+def names_of(run):
+    """All by which a run may be meant: its folder's name, its own, its jobs' ids."""
+    return [run.name, run.config().name, *map(str, run.submitted()), *(str(life.job) for life in run.lives())]
 
 
 def query_slurm():
@@ -6195,7 +6227,9 @@ def command_status(args):
     slurm = query_slurm()
     runs = [find_run(args)] if args.run else all_runs(runs_folder(args))
     jobs = slurm.jobs([job for run in runs for job in run.submitted()]) if slurm else {}
-    states = [state_of(run, jobs) for run in runs]
+    states = list(filter(None, (readable(run, lambda run: state_of(run, jobs)) for run in runs)))
+    if args.run and not states:
+        raise UserError(str(runs[0].folder), "cannot be read", "the line above says why")
     if args.json:
         say_json(states[0] if args.run else states)
     elif args.run:
@@ -6230,10 +6264,10 @@ def command_logs(args):
     if not args.process:
         chosen = chosen[-1:] or [path for path in files if path.is_file()][-1:]
         for path in files:
-            say(colored(str(path), "2"))
+            say(str(path), "2")
     for path in chosen:
         if len(chosen) > 1:
-            say(colored(f"── {path}", "1"))
+            say(f"── {path}", "1")
         show_log(path, args.follow and path is chosen[-1], run)
     return DONE
 
@@ -6244,7 +6278,7 @@ def show_log(path, keep_on, run):
         while True:
             ended = not keep_on or look()["exit_code"] is not None
             text = lines.read()
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text) if on_terminal() else text)
             sys.stdout.flush()
             if ended:
                 return
@@ -6277,7 +6311,7 @@ def command_cancel(args):
         if said or not refused:
             say("\n".join(said) or f"{run.name} is not running")
     for error in refused.values():
-        sys.stderr.write(f"llmrun: {error}\n")
+        complain(str(error))
     return CLUSTER_FAILED if refused else DONE
 
 
@@ -6344,7 +6378,7 @@ def show_table(lines):
 def show_texts(lines):
     for record in map(json.loads, lines):
         found = columns_of(record)
-        say(colored(f"── {record['custom_id']}", "1"))
+        say(f"── {record['custom_id']}", "1")
         say(found["answer"] or f"({found['error']})")
 
 
@@ -6480,7 +6514,7 @@ def main(argv=None):
             return DONE
         return args.function(args)
     except UserError as error:
-        sys.stderr.write(f"llmrun: {error}\n")
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -6488,7 +6522,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as `head` does
         return DONE
     except OSError as error:
-        sys.stderr.write(f"llmrun: {error.filename or 'this machine'}: {os_reason(error)}\n")
+        complain(f"{error.filename or 'this machine'}: {os_reason(error)}")
         return CLUSTER_FAILED
 
 

@@ -658,11 +658,6 @@ def test_results_after_failures_were_asked_again_are_newer_though_fewer_failed(t
         assert [len((folder / name).read_text().splitlines()) for name in ("results.jsonl", "errors.jsonl")] == [1, 2]
 
 
-    marks = llmrun.Marks(run, prompts)
-    marks.forget_failures()
-    assert list(marks.state) == [marks.DONE, marks.OPEN, marks.OPEN]
-
-
 @pytest.mark.parametrize("umask", [0o000, 0o007, 0o022, 0o077])
 def test_answers_are_the_users_to_share_and_what_is_ours_stays_closed(tmp_path, umask):
     (tmp_path / "in.csv").write_text("q\nx\ny\n")
