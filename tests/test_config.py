@@ -128,3 +128,16 @@ def test_an_old_config_dates_its_results_as_its_scripts_did(tmp_path, monkeypatc
     config = read(tmp_path, json.dumps(flat), name="config.json")
     assert config.results.folder == str(tmp_path / "answers" / "result_21-11-2026_17-05-09") and config.slurm.nodes == 2
     assert config.results.file_name == "result_{name}.txt" and config.engine.context == 8192
+
+
+@pytest.mark.parametrize("digits", [200, 400, 5000])
+@pytest.mark.parametrize("key", ["model.vram_per_node", "engine.load_timeout", "slurm.grace", "slurm.join_timeout", "slurm.time"])
+@pytest.mark.parametrize("unit", ["", "GB", "h"])
+def test_a_number_of_hundreds_of_digits_is_taken_or_refused_in_one_line(tmp_path, digits, key, unit):
+    (tmp_path / "config.json").write_text(json.dumps({"engine": {"name": "echo"}, "slurm": {"time": "UNLIMITED"}}))
+    try:
+        config, _ = llmrun.read_config(tmp_path / "config.json", [f"{key}={'9' * digits}{unit}"])
+        llmrun.check_shape(config)
+        llmrun.job_script(config, 1, "/x", ["drive"])
+    except llmrun.UserError as error:
+        assert key.split(".")[1] in str(error) and error.mend and len(str(error)) < 600 + len(str(tmp_path))

@@ -1,5 +1,6 @@
 """What a GGUF header tells before anything is submitted."""
 
+import math
 import struct
 
 import llmrun
@@ -83,3 +84,76 @@ def test_each_replica_gets_the_nodes_that_the_model_takes(monkeypatch):
     config = config_for("x", slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"},
                         engine={"slots": 1, "context": 4096, "replicas": 2})
     assert llmrun.plan_nodes(config).nodes == 4
+
+
+# ── headers of every kind ──────────────────────────────────────────────────────
+
+TYPES = {bool: 7, int: 10, float: 12, str: 8}
+
+
+def packed(value):
+    """A value of a header with its type before it; a list is an array of its first one's type, or of whole numbers."""
+    if isinstance(value, list):
+        kind = TYPES[type(value[0])] if value else 10
+        return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(packed(item)[4:] for item in value)
+    if isinstance(value, str):
+        return struct.pack("<IQ", 8, len(value.encode())) + value.encode()
+    return struct.pack("<I" + {bool: "?", int: "Q", float: "d"}[type(value)], TYPES[type(value)], value)
+
+
+def model_of(path, tensors=0, **keys):
+    """A model with such a header, `__` for a dot; None leaves a key out."""
+    known = {"general.architecture": "llama", "llama.block_count": 4, "llama.context_length": 4096, "llama.embedding_length": 64,
+             "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    known.update({name.replace("__", "."): value for name, value in keys.items()})
+    known = {name: value for name, value in known.items() if value is not None}
+    head = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(known))
+    for name, value in known.items():
+        head += struct.pack("<Q", len(name)) + name.encode() + packed(value)
+    for _ in range(tensors):
+        head += struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 64, 0, 0)
+    path.write_bytes(head + b"\0" * 4096)
+    return path
+
+
+@pytest.mark.parametrize("keys", [
+    {"llama__attention__head_count": 0, "llama__attention__head_count_kv": None},
+    {"llama__attention__head_count": 0, "llama__attention__head_count_kv": 0},
+    {"llama__attention__head_count": [0, 0, 0, 0], "llama__attention__head_count_kv": [0, 0, 0, 0]}], ids=str)
+def test_a_model_without_attention_takes_no_room_for_its_context(tmp_path, keys):
+    """As Mamba and RWKV have it: what they remember of a text has one size, however long it is."""
+    config = config_for(model_of(tmp_path / "m.gguf", **keys), slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"})
+    model, plan = llmrun.read_model(config), llmrun.plan_nodes(config)
+    assert (model.layers, plan.nodes, plan.kv_bytes) == (4, 1, 0)
+
+
+def test_a_model_with_attention_in_some_layers_takes_room_for_these(tmp_path):
+    path = model_of(tmp_path / "m.gguf", llama__attention__head_count=[0, 4, 0, 4], llama__attention__head_count_kv=[0, 2, 0, 2])
+    assert llmrun.kv_cache_bytes(llmrun.read_model(config_for(path)), 256, 1) == 4 * 2 * 16 * llmrun.KV_BYTES * 256
+
+
+ODD = [{"general__alignment": 0}, {"general__alignment": "32"}, {"general__alignment": []}, {"general__alignment": 1.5}, {"general__alignment": 33},
+       {"general__architecture": []}, {"general__architecture": 7}, {"general__name": [1]}, *(
+           {f"llama__{name}": value} for value in ([], "x", ["x"], 2**64 - 1, math.nan, math.inf, -1.0, 0)
+           for name in ("block_count", "embedding_length", "context_length", "attention__head_count", "attention__head_count_kv",
+                        "attention__key_length"))]
+
+
+@pytest.mark.parametrize("keys", ODD, ids=lambda keys: "".join(f"{name}={value}" for name, value in keys.items()))
+def test_an_odd_header_is_one_line_or_a_plan(tmp_path, keys):
+    path = model_of(tmp_path / "m.gguf", tensors=1, **keys)
+    config = config_for(path, slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"})
+    try:
+        plan = llmrun.plan_nodes(config)
+    except llmrun.UserError as error:
+        assert "m.gguf" in str(error) and error.mend
+    else:
+        assert 1 <= plan.nodes < 2**63 and 0 <= plan.kv_bytes and plan.model.layers >= 0
+        assert "B" in llmrun.show_size(plan.kv_bytes)
+
+
+def test_an_array_of_arrays_of_arrays_is_no_model(tmp_path):
+    deep = struct.pack("<IQ", 9, 1) * 100_000
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + deep)
+    with pytest.raises(llmrun.UserError, match="damaged"):
+        llmrun.read_model(config_for(tmp_path / "m.gguf"))
