@@ -240,9 +240,20 @@ SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "KB": 10**3
 DURATION_UNITS = {"ms": 0.001, "": 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
+NUMBER_AND_UNIT = r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)"
+MOST_DIGITS = 30
+
+
+def number_text(value):
+    """A number or text as its writer sees it; one longer than any that is meant is refused."""
+    if isinstance(value, int) and abs(value) >= 10**MOST_DIGITS or len(str(value)) > MOST_DIGITS + 10:
+        raise ValueError("write fewer digits")
+    return str(value)
+
+
 def parse_size(text):
     """Bytes of "20GB", "512 MiB" or a plain number; G alone is GiB, as Slurm reads it."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(text).strip())
+    match = re.fullmatch(NUMBER_AND_UNIT, number_text(text).strip())
     if not match or match.group(2).upper() not in SIZE_UNITS:
         raise ValueError('write a number and a unit, as in "24GB"')
     return int(float(match.group(1)) * SIZE_UNITS[match.group(2).upper()])
@@ -250,7 +261,7 @@ def parse_size(text):
 
 def parse_duration(text):
     """Seconds of "90s", "2min", "1.5h" or a plain number."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(text).strip())
+    match = re.fullmatch(NUMBER_AND_UNIT, number_text(text).strip())
     if not match or match.group(2) not in DURATION_UNITS:
         raise ValueError('write a number and a unit, as in "90s", "10min" or "2h"')
     return float(match.group(1)) * DURATION_UNITS[match.group(2)]
@@ -980,6 +991,8 @@ class GgufHeader:
             block, size = GGUF_BLOCKS.get(kind, (1, 0))
             end = max(end, offset + elements // block * size)
         alignment = self.keys.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise KeyError("general.alignment")
         return -(-self.at // alignment) * alignment + end if self.tensors else end
 
 
@@ -993,7 +1006,7 @@ def read_gguf(path):
             try:
                 header = GgufHeader(data)
                 end = header.end_of_weights()
-            except (struct.error, IndexError, KeyError, OverflowError, MemoryError):
+            except (struct.error, LookupError, OverflowError, MemoryError, RecursionError, TypeError):
                 raise ValueError("its header is cut short or damaged")
     if size < end:
         raise ValueError(f"cut short: {show_size(size)} of {show_size(end)} are there")
@@ -1030,7 +1043,7 @@ def read_model(config):
         keys, size_bytes = keys or part_keys, size_bytes + part_size
     try:
         return model_from_keys(keys, size_bytes, tuple(paths))
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (LookupError, TypeError, ValueError):
         raise wrong("its header does not describe a language model",
                     "name the model itself, not an adapter or projector")
 
@@ -1044,15 +1057,26 @@ def model_from_keys(keys, size_bytes, files):
             raise KeyError(name)
         return value
 
-    layers, heads = of("block_count"), of("attention.head_count")
-    head_count = max(heads) if isinstance(heads, tuple) else heads
+    def count(name, default=None, most=2**40):
+        return whole(of(name, default), most)
+
+    layers, heads = count("block_count", most=2**16), of("attention.head_count")
+    head_count = max(whole(number) for number in heads) if isinstance(heads, tuple) else whole(heads)
     kv_heads = of("attention.head_count_kv", heads)
+    kv_heads = kv_heads if isinstance(kv_heads, tuple) else (kv_heads,) * layers
+    length = count("embedding_length") // head_count if head_count else 0  # without attention nothing is kept of it
     return Model(
         name=keys.get("general.name") or Path(files[0]).stem, architecture=architecture, layers=layers,
-        heads=head_count, kv_heads=kv_heads if isinstance(kv_heads, tuple) else (kv_heads,) * layers,
-        key_length=of("attention.key_length", of("embedding_length") // head_count),
-        value_length=of("attention.value_length", of("embedding_length") // head_count),
-        context=of("context_length"), size_bytes=size_bytes, files=files)
+        heads=head_count, kv_heads=tuple(map(whole, kv_heads)), key_length=count("attention.key_length", length),
+        value_length=count("attention.value_length", length), context=count("context_length"), size_bytes=size_bytes,
+        files=files)
+
+
+def whole(value, most=2**40):
+    """A count of a header, which anybody may have written."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError("no count")
+    return value
 
 
 KV_BYTES = 2  # f16, llama.cpp's default for both halves of the cache
@@ -1155,7 +1179,7 @@ UNLIMITED = math.inf
 
 def slurm_minutes(text):
     """Minutes of a Slurm time (any of its forms, rounded up as it does); 0 and UNLIMITED are endless."""
-    text = str(text)
+    text = number_text(text)
     if text.upper() in ("UNLIMITED", "INFINITE", "-1"):
         return UNLIMITED
     match = re.fullmatch(r"(\d+)-(\d*)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d+))?(?::(\d+))?", text)
@@ -1173,7 +1197,7 @@ def time_limit_minutes(config):
     try:
         return slurm_minutes(config.slurm.time)
     except ValueError as error:
-        guess = re.match(r"\s*(\d+)\s*([dhm])", config.slurm.time.lower())
+        guess = re.match(r"\s*(\d{1,9})\s*([dhm])", config.slurm.time.lower())
         number = int(guess.group(1)) if guess else 1
         minutes = number * {"d": 1440, "h": 60, "m": 1}[guess.group(2)] if guess else 60
         raise config.error("slurm.time", error, f'write "{minutes // 60:02d}:{minutes % 60:02d}:00"')
