@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 
+import pytest
 from conftest import REAL, wait_for
 
 FEW = 40 if REAL else 8         # prompts in whose midst something can be done
@@ -191,3 +192,38 @@ def test_a_limit_that_is_lowered_while_the_job_runs_is_heard_of(site_on):
     site.wait_for_event("end", 150)
     assert site.ends()[0]["next"] == "requeued" and site.ends()[0]["why"] == "the time limit came"
     site.llmrun("cancel")
+
+
+def shows_partitions(site, words):
+    """A site whose `scontrol show partition` goes through this filter."""
+    real = shutil.which("scontrol", path=site.env["PATH"])
+    site.shim("scontrol", '[[ "$1 $2" = "show partition" ]]', f"{real} \"$@\" | {words}", "exit")
+
+
+def test_a_partition_that_is_hidden_is_slurms_to_judge(site):
+    """AllowGroups and Hidden=YES keep it out of what users are shown, not from what they may ask for."""
+    shows_partitions(site, "grep -v PartitionName=short")
+    site.llmrun("check", "config.json", "--set", "slurm.partition=short", "--set", "slurm.time=00:02:00")
+    shows_partitions(site, "grep -v PartitionName=")
+    site.llmrun("check", "config.json", "--set", "slurm.partition=short", "--set", "slurm.time=00:02:00")
+    said = site.llmrun("check", "config.json", "--set", "slurm.partition=mian", code=2)
+    assert '[slurm] partition = "mian"' in said and "invalid partition" in said
+
+
+@pytest.mark.parametrize("by", ["SBATCH_PARTITION", "slurm.extra.partition", "slurm.directives"])
+def test_limits_of_the_default_partition_are_not_those_of_the_one_that_is_asked_for_otherwise(site, by):
+    shows_partitions(site, "sed '/PartitionName=main/s/MaxTime=[0-9:]*/MaxTime=00:01:00/'")
+    assert "[slurm] time" in site.llmrun("check", "config.json", code=2), "of the default one it is"
+    value = '["--partition=low"]' if "directives" in by else "low"
+    if by == "SBATCH_PARTITION":
+        site.env[by] = value
+        site.llmrun("check", "config.json")
+    else:
+        site.llmrun("check", "config.json", "--set", f"{by}={value}")
+
+
+def test_what_sbatch_is_told_by_the_environment_wins_over_the_config_and_is_not_judged_by_it(site):
+    """Slurm takes SBATCH_PARTITION before a script's own lines."""
+    site.env["SBATCH_PARTITION"] = "low"
+    said = site.llmrun("check", "config.json", "--set", "slurm.partition=short", "--set", "slurm.nodes=3")
+    assert "in partition low" in said
