@@ -1352,7 +1352,7 @@ class Slurm:
         """Hand a script to sbatch; its id, or what sbatch says to --test-only."""
         answer = self.call("sbatch", *options, str(script), environ=submit_environment(os.environ))
         if answer.returncode:
-            raise refusal(config, answer.stderr)
+            raise refusal(config, answer.stderr, [partition.name for partition in self.partitions()])
         return answer.stdout.strip() or answer.stderr.strip()
 
     def jobs(self, ids):
@@ -1417,13 +1417,15 @@ def job_id_in(said):
     return int(ids[-1])
 
 
-def refusal(config, message):
+def refusal(config, message, partitions=()):
     """The error for what sbatch would not take, at the key that it is about."""
     reasons = [re.sub(r"^(sbatch|srun|salloc): (error: |fatal: )?", "", line) for line in message.splitlines()]
     reason = "; ".join(dict.fromkeys(line.replace("Batch job submission failed: ", "") for line in reasons if line
                                      and not line.startswith("Try ")))
     for pattern, dotted, mend in REFUSALS:
         if re.search(pattern, reason):
+            if dotted == "slurm.partition" and partitions:
+                mend = nearest(config.slurm.partition, partitions) or "this cluster has " + ", ".join(partitions)
             return config.error(dotted, f"Slurm refuses: {reason}", mend)
     return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
                      "see [slurm] and [slurm.extra] in the config")
@@ -1444,11 +1446,9 @@ def check_partition(config, partitions, nodes):
     minutes = time_limit_minutes(config)
     wanted = config.slurm.partition
     chosen = [p for p in partitions if (p.name in wanted.split(",") if wanted else p.is_default)]
-    if wanted and partitions and not chosen:
-        known = [p.name for p in partitions]
-        raise config.error("slurm.partition", "no such partition",
-                           nearest(wanted, known) or "this cluster has " + ", ".join(known))
-    if not chosen or any(re.match(r"(-p|--partition)", option) for option in config.slurm.directives):
+    otherwise = "SBATCH_PARTITION" in os.environ or "partition" in config.slurm.extra or any(
+        re.match(r"(-p|--partition)", option) for option in config.slurm.directives)
+    if otherwise or len(chosen) < len(wanted.split(",")):  # chosen elsewhere, or hidden: Slurm's to judge
         return
     if all(p.state != "UP" for p in chosen):
         raise config.error("slurm.partition", f"partition {chosen[0].name} is {chosen[0].state.lower()}",

@@ -168,7 +168,7 @@ def test_on_nodes_with_names_of_their_own_slurm_tells_who_lives(site_on):
 
 def test_an_order_that_slurm_did_not_answer_is_not_given_twice(site_on):
     """It hears it all the same, later: neither a second job nor a resume by hand is called for."""
-    site = site_on(**TIMES_OUT_SOON)
+    site = site_on(kill_wait=20, **TIMES_OUT_SOON)
     site.slow(FEW)
     site.llmrun("submit", "config.json")
     site.answering()
