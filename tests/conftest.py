@@ -37,6 +37,16 @@ def wait_for(what, condition, timeout_s=30, poll_s=0.02):
     raise AssertionError(f"waited {timeout_s} s for {what}")
 
 
+def bytes_read(work):
+    """How much a piece of work reads from files."""
+    def read():
+        with open("/proc/self/io") as file:
+            return int(file.readline().split()[1])
+    before = read()
+    work()
+    return read() - before
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")

@@ -316,6 +316,61 @@ def test_a_driver_that_was_thought_gone_finishes_what_it_has(site):
     assert len(lines) == 6 and llmrun.Marks(one.run, Rows(4)).count(llmrun.Marks.DONE) == 4
 
 
+def many_at_work(site, jobs, chunks=3):
+    """An idle driver beside so many that live elsewhere, each with prompts under way in some chunks; the files that it reads; how
+    the others show that they live; and one of them."""
+    site.starts = list(range(jobs * chunks + 1))
+    others = [site.driver(job, host=f"host{job}") for job in range(1, jobs + 1)]
+    for _ in range(chunks):
+        for other in others:
+            assert other.next() >= 0
+    for other in others:
+        site.disk.files[f"{other.life}.0.jsonl"] = b""
+    read, files = [], site.disk.read
+    site.disk.read = lambda path, *place: read.append(path.name) or files(path, *place)
+    site.host = "here"
+    idle = site.driver(jobs + 1)
+
+    def beat():
+        for other in others:
+            site.beat_of(other, f"host{other.life.job}")
+    return idle, read, beat, others[-1]
+
+
+def read_in_a_minute(site, idle, read, beat):
+    """How many files an idle driver reads in a minute, once it has looked at all of them."""
+    assert idle.next() == llmrun.LATER
+    del read[:]
+    for second in range(120):
+        if second % 10 == 0:
+            beat()
+        site.now += 0.5
+        assert idle.next() == llmrun.LATER
+    return len(read)
+
+
+def test_a_look_reads_each_beat_once(site):
+    idle, read, _, _ = many_at_work(site, 20)
+    assert idle.next() == llmrun.LATER
+    beats = [name for name in read if name.startswith("beat.")]
+    assert sorted(beats) == sorted(f"beat.{job}.0.0" for job in range(1, 21))
+
+
+def test_what_idle_drivers_read_does_not_grow_with_the_square_of_the_jobs(site):
+    """Each of 200 reads no more in a minute than a few times what each of 20 does; what one leaves is soon seen all the same."""
+    few = read_in_a_minute(site, *many_at_work(site, 20)[:3])
+    site.disk.__init__()
+    idle, read, beat, other = many_at_work(site, 200)
+    many = read_in_a_minute(site, idle, read, beat)
+    assert few > 0 and many < 3 * few, (few, many)
+    other.end()
+    for _ in range(60):
+        site.now += 1
+        if idle.next() != llmrun.LATER:
+            break
+    assert idle.held, "it took over what was left, within a minute"
+
+
 def test_nothing_is_left_when_all_is_claimed_by_drivers_that_live(site):
     one, other = site.driver(1), site.driver(2, host="there")
     other.next(), one.next()

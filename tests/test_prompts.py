@@ -7,6 +7,7 @@ import os
 
 import llmrun
 import pytest
+from conftest import bytes_read
 
 
 def config_for(tmp_path, user, **prompts):
@@ -677,3 +678,35 @@ def test_answers_are_the_users_to_share_and_what_is_ours_stays_closed(tmp_path, 
     assert {path.name for path in folder.iterdir()} == {"results.jsonl", "errors.jsonl", "in.csv", "a.txt"} and len(written) == 8
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in written} == {path.name: oct(0o666 & ~umask) for path in written}
     assert run.folder.stat().st_mode & 0o777 == 0o700 and run.key_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_many_tables_are_merged_in_one_reading_of_the_journals(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(50):
+        (tmp_path / "in" / f"{number:02d}.csv").write_text("q\n" + "".join(f"{number}-{row}\n" for row in range(20)))
+    config = config_for(tmp_path, "in/*.csv", template="{q}")
+    run, prompts = frozen_input(tmp_path, config)
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, text=f"answer {number}")) for number in range(1000)))
+    marks = llmrun.Marks(run, prompts)
+    size = (run.journal / "1.0.0.0.jsonl").stat().st_size
+    assert bytes_read(lambda: llmrun.write_results(run, config, marks)) < 8 * size
+    with open(run.results / "49.csv", newline="") as file:
+        assert list(csv.reader(file))[1:] == [[f"49-{row}", f"answer {980 + row}"] for row in range(20)]
+
+
+def test_an_answers_file_that_is_right_is_left_alone(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in "abcd":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"Say {name}.")
+    config = config_for(tmp_path, "texts")
+    run, prompts = frozen_input(tmp_path, config)
+    journal_of(run, "2.0.0", *(llmrun.journal_line(result(prompts, number, text=f"old {number}")) for number in range(4)))
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.txt")}
+    journal_of(run, "1.0.0", llmrun.journal_line(result(prompts, 1, text="new 1")))  # an earlier life's, which comes first
+    (folder / "c.txt").unlink()
+    (folder / "d.txt").write_text("odd 3")
+    llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.txt")}
+    assert [(folder / f"{name}.txt").read_text() for name in "abcd"] == ["old 0", "new 1", "old 2", "old 3"]
+    assert after["a.txt"] == before["a.txt"]

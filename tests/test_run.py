@@ -9,6 +9,7 @@ import time
 
 import llmrun
 import pytest
+from conftest import bytes_read
 
 # ── the disk that drivers share ────────────────────────────────────────────────
 
@@ -311,3 +312,43 @@ def test_who_waits_in_a_pipe_reads_each_new_reason_why(run, squeue, monkeypatch,
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pending")]
     assert [bool(re.search(words, line)) for words, line in zip(("waiting its turn", "nodes that are down", "administrator"), said)] == [True] * 3
     assert len(said) == 3, "and no line comes twice"
+
+
+def test_a_watch_asks_slurm_for_what_may_change_and_for_no_more(run, squeue):
+    """Thousands may watch: what is over is asked once, and nobody's queue but on an explicit `status`."""
+    for job, state in ((6, "FAILED"), (7, "COMPLETED"), (8, "RUNNING"), (9, "PENDING")):
+        run.record_submit(job, shape=0)
+        if state != "PENDING":
+            tell(run, llmrun.Life(job, 0, 0), started(job, host="elsewhere"))
+    squeue.shows((6, "FAILED", "NonZeroExitCode"), (7, "COMPLETED", "None"), (8, "RUNNING", "None"), (9, "PENDING", "Priority"))
+    look = llmrun.state_watch(run, squeue.slurm)
+    for _ in range(10):
+        assert look()["state"] == "starting"
+        squeue.now += 20
+    assert len(squeue.asked("scontrol", "6")) <= 1, "how a killed life died"
+    assert not squeue.asked("squeue", "PENDING") and not squeue.asked("squeue", "PD"), "the whole cluster's queue"
+    asked = squeue.asked("squeue", "-j")
+    assert 2 <= len(asked) <= 10 and "8" in asked[-1] and "9" in asked[-1]
+    assert all(not re.search(r"-j \S*\b[67]\b", line) for line in asked[1:]), asked
+
+
+def test_a_look_reads_on_from_where_the_last_one_ended(run):
+    """Lives that were killed have no last word, and one that answers for days tells of its progress by the thousand."""
+    lives = [llmrun.Life(7, restart, 0) for restart in range(10)]
+    for life in lives:
+        tell(run, life, started(at=100.0 + life.restart), *(progressed(n, at=110.0 + life.restart) for n in range(500)))
+    size = sum(run.events_file(life).stat().st_size for life in lives)
+    look = llmrun.state_watch(run, None)
+    assert look()["done"] == 10 and size > 500_000
+    assert bytes_read(look) < size / 10
+    tell(run, lives[-1], progressed(3, at=200.0))
+    with open(run.events_file(lives[-1]), "a") as file:
+        file.write('{"event": "progress", "time": 201.0, "answers": 9, "own_failed": 4, ')
+    assert bytes_read(look) < size / 10
+    assert look()["failed"] == 0
+    with open(run.events_file(lives[-1]), "a") as file:
+        file.write('"tokens": 1, "working_s": 1.0}\n')
+    assert look()["failed"] == 4, "a line that was torn then is whole now"
+    with open(run.events_file(lives[-1]), "a") as file:
+        file.write(json.dumps(ended(3)) + "\n")
+    assert look()["exit_code"] == 3
