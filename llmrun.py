@@ -1355,15 +1355,16 @@ class Slurm:
             raise refusal(config, answer.stderr, [partition.name for partition in self.partitions()])
         return answer.stdout.strip() or answer.stderr.strip()
 
-    def jobs(self, ids):
-        """What Slurm still knows of these jobs, by id; it forgets a job minutes after its end."""
+    def jobs(self, ids, with_places=True):
+        """What Slurm still knows of these jobs, by id; it forgets a job minutes after its end. Their places in the
+        queue cost a look at all that waits on the cluster: not for who asks again and again."""
         if not ids:
             return {}
         answer = self.call("squeue", "-h", "-t", "all", "-j", ",".join(map(str, ids)), "-o", "%A|%T|%r|%S|%e|%L|%N")
         if answer.returncode and "Invalid job id" not in answer.stderr:
             raise ClusterError("squeue", answer.stderr or f"exit code {answer.returncode}", "is Slurm up? try `sinfo`")
         rows = [Job(*line.split("|")) for line in answer.stdout.splitlines() if line.count("|") == 6]
-        if any(row.state in WAITING_STATES for row in rows):
+        if with_places and any(row.state in WAITING_STATES for row in rows):
             ahead = self.waiting_before()
             rows = [row._replace(ahead=ahead.get(int(row.job), 0)) for row in rows]
         rows = [row._replace(killed_by=self.death_of(row.job)) if row.state == "FAILED" else row for row in rows]
@@ -1574,7 +1575,7 @@ class Run:
     def __init__(self, folder, disk=None):
         self.folder, self.disk = Path(folder), disk or Disk()
         self.claims = self.folder / "claims"
-        self.ended = {}  # the events of lives that are over, which change no more
+        self.heard = {}  # life → (up to where its events were read, what is kept of them)
         self.stop_file = self.folder / "stop"
         self.script = self.folder / "llmrun.py"
         self.key_file = self.folder / "key"
@@ -1641,14 +1642,17 @@ class Run:
 
     def events(self, life):
         """What happened in a life; of its progress, which a long life tells by the thousand, the last word."""
-        if life in self.ended:
-            return self.ended[life]
-        lines = read_lines(self.events_file(life))
-        told = [line for line in lines if b'"event": "progress"' in line]
-        events = parse_lines(line for line in lines if b'"event": "progress"' not in line or line is told[-1])
+        at, events = self.heard.get(life, (0, []))
         if events and events[-1]["event"] == "end":
-            self.ended[life] = events
-        return events
+            return events
+        data = self.disk.read(self.events_file(life), at)
+        lines = data[:data.rfind(b"\n") + 1].splitlines()
+        told = [line for line in lines if b'"event": "progress"' in line]
+        new = parse_lines(line for line in lines if b'"event": "progress"' not in line or line is told[-1])
+        if told:
+            events = [event for event in events if event["event"] != "progress"]
+        self.heard[life] = at + data.rfind(b"\n") + 1, events + new
+        return events + new
 
     def progress(self, life):
         """A life's last word on its counts."""
@@ -1999,8 +2003,9 @@ def state_watch(run, slurm):
     def ask():
         nonlocal jobs, asked
         asked = clock()
+        over = {number: job for number, job in (jobs or {}).items() if job.state in ENDED_STATES}
         try:
-            jobs = slurm.jobs(run.submitted())
+            jobs = {**over, **slurm.jobs([job for job in run.submitted() if job not in over], with_places=False)}
         except ClusterError:  # Slurm may be away for a while, which does not say that a job is gone
             jobs = jobs or {job: unknown_job(job) for job in run.submitted()}
 
@@ -4520,14 +4525,23 @@ def write_all_results(run, config, marks):
     kinds = [source.kind for source in prompts.sources]
     if "folder" in kinds:
         write_texts(folder, config, prompts, marks)
-    for number in (number for number, kind in enumerate(kinds) if kind == "csv"):
-        try:
-            check_unchanged(prompts.sources[number])
-        except (UserError, FileNotFoundError):
-            log(f"{prompts.sources[number].path} is not what was submitted: its answers are in results.jsonl alone")
-        else:
-            write_csv(folder, config, prompts, marks, number)
+    if "csv" in kinds:
+        write_tables(folder, config, prompts, marks)
     return folder
+
+
+def write_tables(folder, config, prompts, marks):
+    """The CSVs, each with its answers, in one pass over them all."""
+    lines = marks.lines((Marks.DONE, Marks.FAILED))
+    for number, own in itertools.groupby(lines, lambda one: prompts.key(one[0])[0]):
+        source = prompts.sources[number]
+        if source.kind == "csv":
+            try:
+                check_unchanged(source)
+            except (UserError, FileNotFoundError):
+                log(f"{source.path} is not what was submitted: its answers are in results.jsonl alone")
+            else:
+                write_csv(folder, config, prompts, own, source)
 
 
 def write_texts(folder, config, prompts, marks):
@@ -4543,19 +4557,21 @@ def write_texts(folder, config, prompts, marks):
                 name = f"{stem}.{sample + 1}{ending}"
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, answer_of(json.loads(line)["response"]["body"])["answer"])
+            answer = answer_of(json.loads(line)["response"]["body"])["answer"].encode(errors="replace")
+            with contextlib.suppress(OSError):
+                if path.read_bytes() == answer:
+                    continue
+            write_file(path, answer)
 
 
-def write_csv(folder, config, prompts, marks, wanted):
+def write_csv(folder, config, prompts, lines, source):
     """The rows of a CSV source as they were, each with the columns of its answer."""
-    source, columns = prompts.sources[wanted], config.results.columns
+    columns = config.results.columns
     with whole_file(folder / os.path.basename(source.path)) as file:
         file.write(csv_row(source.columns + columns))
-        for number, line in marks.lines((Marks.DONE, Marks.FAILED)):
-            key = prompts.key(number)
-            if key[0] == wanted:
-                answer = columns_of(json.loads(line))
-                file.write(csv_row(list(prompts.record(key).values()) + [answer[name] for name in columns]))
+        for number, line in lines:
+            answer, record = columns_of(json.loads(line)), prompts.record(prompts.key(number))
+            file.write(csv_row(list(record.values()) + [answer[name] for name in columns]))
 
 
 def csv_row(cells):
@@ -4636,7 +4652,7 @@ class Claims:
         self.held = set()  # (chunk, generation) of our own claims
         self.under_way = set()  # the prompts that were given out and have no result yet
         self.count = 0
-        self.looked = -math.inf
+        self.looked, self.read_beats = -math.inf, {}  # when, and each life's beat as it was then
         self.claimed = []  # chunks to look at for what their owners left, the last first
         self.trouble = ""  # why none can be claimed just now
         self.beat()
@@ -4700,10 +4716,15 @@ class Claims:
         self.under_way.discard(number)
         self.marks.settle(number, ok)
 
+    @property
+    def rest_s(self):
+        """Between two looks of who has nothing to do: the more there are to look at, the longer."""
+        return max(self.LOOK_S, len(set(self.owners.values())) / self.BEATS_A_TURN)
+
     def take_over(self):
         """Claim a chunk that its owner left with prompts to ask: the next of those that were claimed at the last look,
         and if that is long enough ago, at a new one."""
-        if not self.claimed and self.clock() - self.looked >= self.LOOK_S:
+        if not self.claimed and self.clock() - self.looked >= self.rest_s:
             self.look()
             self.claimed = sorted(self.generations, reverse=True)
         while self.claimed:
@@ -4718,7 +4739,7 @@ class Claims:
         return False
 
     def look(self):
-        self.looked = self.clock()
+        self.looked, self.read_beats = self.clock(), {}
         self.marks.refresh(but=self.life)  # our own results are counted as they come
         self.generations.update(self.run.generations())
 
@@ -4737,7 +4758,9 @@ class Claims:
             return self.stood_still_s(f"the owner of {chunk}", b"") > self.STILL_S
         if owner.job and owner.job == self.life.job and owner.restart < self.life.restart:
             return True
-        beat = self.run.disk.read(self.run.beat_file(owner))
+        if owner not in self.read_beats:
+            self.read_beats[owner] = self.run.disk.read(self.run.beat_file(owner))
+        beat = self.read_beats[owner]
         if beat == Run.ENDED_BEAT:
             return True
         process = re.fullmatch(rb"\d+ (\S+) (\d+) (\d+)", beat)
