@@ -187,19 +187,6 @@ def patiently(what, work, patience_s=300.0):
             time.sleep(1)
 
 
-def read_lines(path):
-    """The whole lines of a file that may still be written to; a torn last line is not there yet."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        return []
-    return data[:data.rfind(b"\n") + 1].splitlines()
-
-
-def read_json_lines(path):
-    return parse_lines(read_lines(path))
-
-
 def parse_lines(lines):
     """The objects of JSONL; a line torn by a crash and written over is left out."""
     objects = []

@@ -116,6 +116,16 @@ def test_a_torn_word_on_progress_does_not_hide_the_one_before(run):
     assert run.progress(LIFE)["answers"] == 3
 
 
+def test_a_torn_last_event_is_there_when_it_is_whole(run):
+    tell(run, LIFE, started())
+    with open(run.events_file(LIFE), "a") as file:
+        file.write('{"event": "ready", "time": 3}')
+    assert len(run.events(LIFE)) == 1
+    with open(run.events_file(LIFE), "a") as file:
+        file.write("\n")
+    assert [event["event"] for event in run.events(LIFE)] == ["start", "ready"]
+
+
 def test_an_event_behind_a_torn_one_is_whole(run, monkeypatch):
     life, write = run.new_life(7, 0), os.write
     events = llmrun.Events(run, life)
