@@ -1899,7 +1899,7 @@ def state_of(run, jobs):
     if not lives:
         return {**state, **state_before_start(run, job, jobs.get(job))}
     complete = next((life for life in reversed(lives) if life.complete), None)
-    if complete and any(life.last_word and not life.complete and life.began > complete.ended for life in lives):
+    if complete and any(life.last_word and not life.complete and life.began >= complete.ended for life in lives):
         complete = None  # failed prompts were to be asked again, and work was left of that
     going = [life for life in lives if life.ending is None]
     if going and not (complete and all(life.began <= complete.ended for life in going)):
