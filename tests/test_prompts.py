@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 
 import llmrun
 import pytest
@@ -511,12 +512,17 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
         llmrun.prompt_files(str(tmp_path / "texts"))
 
 
-def test_two_tables_of_one_name_cannot_share_the_results(tmp_path):
+def test_two_tables_of_one_name_are_kept_apart(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "in.csv").write_text(f"id,q\n{folder},x\n")
-    with pytest.raises(llmrun.UserError, match="one file"):
-        llmrun.freeze(config_for(tmp_path, "*/in.csv", template="{q}", id_column="id"), "m")
+    config = config_for(tmp_path, "*/in.csv", template="{q}", id_column="id")
+    run, prompts = frozen_input(tmp_path, config)
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, text=f"re {number}")) for number in range(2)))
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    found = {path: path.read_text() for path in folder.rglob("*.csv")}
+    assert sorted(found.values()) == ["id,q,answer\none,x,re 0\n", "id,q,answer\ntwo,x,re 1\n"]
+    assert all(("one" in str(path)) == ("one" in text) for path, text in found.items()), "and are told apart by where they come from"
 
 
 def test_a_pattern_needs_no_id_column(tmp_path):
@@ -710,3 +716,57 @@ def test_an_answers_file_that_is_right_is_left_alone(tmp_path):
     after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.txt")}
     assert [(folder / f"{name}.txt").read_text() for name in "abcd"] == ["old 0", "new 1", "old 2", "old 3"]
     assert after["a.txt"] == before["a.txt"]
+
+
+def test_names_that_look_like_samples_are_told_apart_from_them(tmp_path):
+    write_jsonl(tmp_path / "in.jsonl", [batch_row(name) for name in ("a", "a#1", "a#2", "a#1#1")])
+    names = [prompt.custom_id for prompt in all_prompts(tmp_path, config_for(tmp_path, "in.jsonl", samples=2))]
+    assert len(set(names)) == len(names) == 8
+
+
+@pytest.mark.parametrize("names", [["texts/a", "texts/a.1/b"], ["texts/t.csv", "t.1.csv"]], ids=str)
+def test_answers_that_meet_only_as_samples_are_refused_at_submit(tmp_path, names):
+    """The first sample's answer to a goes to a.1, and to t.csv to t.1.csv."""
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("q\nhi\n")
+    llmrun.freeze(config_for(tmp_path, "in/*", template="{q}"), "m")
+    with pytest.raises(llmrun.UserError) as caught:
+        llmrun.freeze(config_for(tmp_path, "in/*", template="{q}", samples=2), "m")
+    assert "results" in str(caught.value) and re.search(r"a\.1|t\.1\.csv|samples", str(caught.value)) and caught.value.mend
+
+
+def test_a_column_of_the_input_that_is_named_like_one_of_the_answers_is_refused_at_submit(tmp_path):
+    """Whoever reads the table by its names would find only one of the two."""
+    (tmp_path / "in.csv").write_text("id,q,answer\n1,x,the right one\n")
+    config = config_for(tmp_path, "in.csv", template="{q}")
+    with pytest.raises(llmrun.UserError, match=r"in\.csv.*\banswer\b|\banswer\b.*in\.csv") as caught:
+        llmrun.freeze(config, "m")
+    assert caught.value.mend
+    llmrun.freeze(llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(columns=["reasoning"])), "m")
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, [1]])
+def test_a_seed_for_all_that_is_no_whole_number_is_not_blamed_on_a_row(tmp_path, seed):
+    write_jsonl(tmp_path / "in.jsonl", [batch_row("a")])
+    with pytest.raises(llmrun.UserError, match=r"\[prompts\] params = .*seed") as caught:
+        llmrun.freeze(config_for(tmp_path, "in.jsonl", params={"seed": seed}, on_bad_row="skip"), "m")
+    assert "in.jsonl:1" not in str(caught.value) and caught.value.mend
+    write_jsonl(tmp_path / "in.jsonl", [batch_row("a", {"messages": [{"role": "user", "content": "x"}], "seed": seed})])
+    with pytest.raises(llmrun.UserError, match="in.jsonl:1: its seed"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl", params={"seed": 1}), "m")
+
+
+@pytest.mark.parametrize("layout", [(", ", ": "), (" , ", " :  ")], ids=["cut", "read"])
+def test_a_job_that_joins_with_another_model_names_that_one(tmp_path, layout):
+    """However the rows are laid out: those alike are cut, not read."""
+    rows = [batch_row(f"r{number}", {"messages": [{"role": "user", "content": "hi"}]}) for number in range(2)]
+    rows += [batch_row("own", {"messages": [{"role": "user", "content": "hi"}], "model": "its own"})] * (layout[0] != ", ")
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row, separators=layout) + "\n" for row in rows))
+    config = config_for(tmp_path, "in.jsonl", params={"top_k": 4})
+    run, first = frozen_input(tmp_path, config)
+    joined = llmrun.Input.load(run, config, "another")
+    assert [json.loads(first.prompt(number).body)["model"] for number in range(2)] == ["m", "m"]
+    assert [json.loads(joined.prompt(number).body) for number in range(2)] == [
+        {"model": "another", "max_tokens": 1024, "top_k": 4, **row["body"]} for row in rows[:2]]
+    assert layout[0] == ", " or json.loads(joined.prompt(2).body)["model"] == "its own"
