@@ -3750,6 +3750,13 @@ class Asking:
             self.added, self.added_json = added, json.dumps(added)
         return self.added_json[:-1] + ", " if added else "{"
 
+    def splice_now(self, splice):
+        """A frozen beginning with the model's name as it is now: a job that joins may have another."""
+        added = json.loads(splice.rstrip(", ") + "}") if splice else {}
+        if "model" not in added:
+            return splice
+        return json.dumps({**added, "model": self.defaults["model"]})[:-1] + ", "
+
     @staticmethod
     def file_text(source, record):
         path = os.path.join(source.path, record["path"])
@@ -3873,7 +3880,7 @@ class Input:
         self.starts = list(itertools.accumulate([0] + [source.rows * samples for source in sources]))
         self.rows = [Rows(source.row_file, index) for source, index in zip(sources, indexes)]
         # what goes before each row's own body, where that alone makes its request
-        self.splices = [source.splice.encode() if samples == 1 else b"" for source in sources]
+        self.splices = [asking.splice_now(source.splice).encode() if samples == 1 else b"" for source in sources]
 
     def __len__(self):
         return self.starts[-1]
@@ -3979,6 +3986,8 @@ csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
 def freeze(config, model, tell=lambda done, total: None):
     """Read all of the input once, as it will be asked: what is wrong with a row is known before anything starts."""
     system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
+    if not isinstance(config.prompts.params.get("seed") or 0, int):
+        raise config.error("prompts.params", "its seed is no whole number", "write a number")
     asking = Asking(config, model, system, read_template(config))
     spool = tempfile.TemporaryDirectory()
     sources, indexes, skipped, hashes = [], [], [], array.array("Q")
@@ -4158,6 +4167,21 @@ def result_names(config, names):
     return [template.replace("{path}", path).replace("{name}", stem) for path, stem in zip(names, stems)]
 
 
+def sample_names(name, samples):
+    """The files of a text's answers: its own name, or one for each sample."""
+    stem, ending = os.path.splitext(name)
+    return [name] if samples == 1 else [f"{stem}.{sample + 1}{ending}" for sample in range(samples)]
+
+
+def table_name(sources, source):
+    """The file of a CSV's answers: its own name, or where several have it one that tells their folders."""
+    same = [other.path for other in sources if other.kind == "csv"
+            and os.path.basename(other.path) == os.path.basename(source.path)]
+    if len(same) == 1:
+        return os.path.basename(source.path)
+    return os.path.relpath(source.path, os.path.commonpath(same)).replace(os.sep, "_")
+
+
 def check_result_names(config, prompts):
     """No answer may land on another, outside the results, or on a prompt."""
     folder = config.results.folder
@@ -4165,14 +4189,20 @@ def check_result_names(config, prompts):
     for number, source in enumerate(prompts.sources):
         if source.kind == "folder":
             names = prompts.text_names(number)
-            written += result_names(config, names)
+            for name in result_names(config, names):
+                written += sample_names(name, config.prompts.samples)
             inputs.update(os.path.realpath(os.path.join(source.path, name)) for name in names)
         elif source.kind == "csv":
-            written.append(os.path.basename(source.path))
+            written.append(table_name(prompts.sources, source))
+            for column in set(source.columns) & set(config.results.columns):
+                raise UserError(f"{source.path}:1", f"its column {column} is named like one of the answers'",
+                                "rename it, or choose others by [results] columns")
         inputs.add(os.path.realpath(source.path))
     taken = set(written)
     if len(taken) < len(written):
-        raise config.error("results.file_name", "two answers would land in one file", 'use "{path}" or "{name}" in it')
+        twice = next(name for name in written if written.count(name) > 1)
+        raise config.error("results.file_name", f"two answers would land in one file, {twice}",
+                           'use "{path}" or "{name}" in it, or rename a prompt')
     for name in written:
         if not os.path.basename(name) or any(str(parent) in taken for parent in Path(name).parents):
             raise config.error("results.file_name", f'"{name}" cannot be a file beside the others', 'use "{name}.txt"')
@@ -4538,11 +4568,7 @@ def write_texts(folder, config, prompts, marks):
         if prompts.sources[source].kind == "folder":
             if source not in names:
                 names[source] = result_names(config, prompts.text_names(source))
-            name = names[source][row]
-            if prompts.samples > 1:
-                stem, ending = os.path.splitext(name)
-                name = f"{stem}.{sample + 1}{ending}"
-            path = folder / name
+            path = folder / sample_names(names[source][row], prompts.samples)[sample]
             path.parent.mkdir(parents=True, exist_ok=True)
             answer = answer_of(json.loads(line)["response"]["body"])["answer"].encode(errors="replace")
             with contextlib.suppress(OSError):
@@ -4554,7 +4580,7 @@ def write_texts(folder, config, prompts, marks):
 def write_csv(folder, config, prompts, lines, source):
     """The rows of a CSV source as they were, each with the columns of its answer."""
     columns = config.results.columns
-    with whole_file(folder / os.path.basename(source.path)) as file:
+    with whole_file(folder / table_name(prompts.sources, source)) as file:
         file.write(csv_row(source.columns + columns))
         for number, line in lines:
             answer, record = columns_of(json.loads(line)), prompts.record(prompts.key(number))
