@@ -171,6 +171,55 @@ def test_an_answer_that_never_comes_right_fails_in_the_end(monkeypatch):
     assert {result.error["code"] for result in results} == {"not_json"} and {result.attempts for result in results} == {3}
 
 
+def said_200(body):
+    body = json.dumps(body)
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+ERRORS = [{"error": {"message": "the slot is gone", "code": 500}}, {"error": "the slot is gone"},
+          {"object": "error", "message": "the slot is gone", "code": 500}, {"error": {"message": "the slot is gone"}, "choices": []}]
+
+
+@pytest.mark.parametrize("body", ERRORS, ids=str)
+def test_a_200_that_tells_of_an_error_is_no_answer(body, monkeypatch):
+    """Some engines and proxies have sent their head before they fail."""
+    results, _ = pumped(4, Engine(faults=lambda number: said_200(body) if number == 0 else None))
+    assert_each_once(results, 4)
+    assert all(result.ok for result in results) and sum(result.attempts for result in results) == 5, "it was asked again"
+    monkeypatch.setattr(llmrun, "MAX_ATTEMPTS", 1)
+    results, _ = pumped(2, Engine(faults=lambda number: said_200(body)))
+    assert_each_once(results, 2)
+    for result in results:
+        line = json.loads(llmrun.journal_line(result))
+        assert not result.ok and not line["llmrun"]["ok"] and "the slot is gone" in llmrun.columns_of(line)["error"]
+
+
+SHAPELESS = [{"hello": "world"}, {}, {"choices": "x"}, {"choices": [5]}, {"choices": [{"message": "x"}]}, {"data": [5]}, {"choices": None}]
+
+
+@pytest.mark.parametrize("body", SHAPELESS, ids=str)
+def test_an_answer_of_no_known_shape_is_told_as_such(body, monkeypatch):
+    monkeypatch.setattr(llmrun, "MAX_ATTEMPTS", 1)
+    results, _ = pumped(2, Engine(faults=lambda number: said_200(body)))
+    assert_each_once(results, 2)
+    for result in results:
+        said = llmrun.columns_of(json.loads(llmrun.journal_line(result)))["error"]
+        assert not result.ok and "shape" in said and json.dumps(body)[:20] in said, said
+
+
+KNOWN = [{"choices": [{"message": {"content": ""}}]}, {"choices": [{"message": {"content": None, "tool_calls": [{"id": "1"}]}}]},
+         {"choices": [{"text": "x"}]}, {"data": [{"embedding": [0.1]}]}, {"choices": [{"message": {"content": None, "refusal": "no"}}]},
+         {"choices": [{"message": {"content": None, "reasoning_content": "hm"}}]}, {"choices": [{"message": {"content": "x"}}], "error": None}]
+
+
+@pytest.mark.parametrize("body", KNOWN, ids=str)
+def test_an_answer_of_any_known_shape_is_one_though_it_may_say_nothing(body, monkeypatch):
+    monkeypatch.setattr("test_work.assert_own_answers", lambda results: None)
+    results, _ = pumped(2, Engine(faults=lambda number: said_200(body)))
+    assert_each_once(results, 2)
+    assert all(result.ok and result.answer == body for result in results)
+
+
 def test_retry_after_is_waited_for_outside_the_slot():
     engine = Engine(slots=1, answer_s=0.01, faults=lambda number: answer("later", 429, "Retry-After: 1\r\n") if number == 0 else None)
     results, took = pumped(20, engine)
