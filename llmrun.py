@@ -5158,9 +5158,26 @@ def reply_of(outcome):
             return no_reply("not_json", f"the engine's answer is not JSON: {text}")
         answer = {"error": {"message": text}}
         return status, json.dumps(answer).encode(), answer, None, wait_s
+    if status == 200 and not is_answer(answer):
+        if answer.get("error") or answer.get("object") == "error":  # its head had left before it failed
+            return no_reply("engine", error_text(answer))
+        return no_reply("shape", f"an answer of no known shape: {body[:500].decode('utf-8', 'replace')}")
     if b"\n" in body:
         body = json_bytes(answer)
     return status, body, answer, None, wait_s
+
+
+def is_answer(answer):
+    """Whether it has the shape of a chat's, a completion's or an embedding's answer, though it may say nothing."""
+    if answer.get("error"):
+        return False
+    try:
+        if "choices" in answer:
+            choice = answer["choices"][0]
+            return "text" in choice or isinstance(choice["message"], dict)
+        return "embedding" in answer["data"][0]
+    except MISSHAPEN:
+        return False
 
 
 def no_reply(code, message):
