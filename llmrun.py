@@ -549,6 +549,8 @@ class SlurmConfig:
                               "it goes on without it, where replicas allow that, or another job does.")
     output: str = key("", PATH, "The job's own output; by default slurm-JOB.out in the run's logs. "
                       "%j stands for the job id.")
+    output_link: str = dataclasses.field(default="", metadata={"kind": PATH, "doc": ""})  # of an old config: a name
+    # for the newest submit's output, which begins anew each time, as their scripts cleaned it
     directives: List[str] = key([], list_of(TEXT), "More #SBATCH options as they are, as in [\"--exclusive\"]; "
                                 "the keys above win.")
     extra: Dict[str, Any] = key({}, TEXTS, "More options by name: licenses = \"x\" becomes --licenses=x.")
@@ -829,7 +831,7 @@ def example_toml(everything=True):
 # flat config.json is turned into ours. Leaves what the keys mean to Config.
 # ═══════════════════════════════════════════════════════════════════════════════
 
-FLAT_KEYS = {"job_name": "name", "output_log": "slurm.output", "dir_llama_script": "engine.path",
+FLAT_KEYS = {"job_name": "name", "output_log": "slurm.output_link", "dir_llama_script": "engine.path",
              "model": "model.path", "port_rpc": "engine.llama.rpc_port", "port_server": "engine.port",
              "venv_dir": "environment.venv", "prompt_server": "prompts.system", "prompts_user_dir": "prompts.user",
              "nodes": "slurm.nodes", "time": "slurm.time"}
@@ -5983,13 +5985,15 @@ def check_replicas(config, nodes):
 
 def check_output(config):
     """Slurm before 23.02 lets a job fail unseen when the folder of its output is not there."""
-    if config.slurm.output:
-        folder = os.path.dirname(config.slurm.output)
+    for name in ("output", "output_link"):
+        path = getattr(config.slurm, name)
+        folder = os.path.dirname(path)
         try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            if path:
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise config.error("slurm.output", f"{folder}: {os_reason(error)}", "name a folder that you may write to")
+            raise config.error(f"slurm.{name}", f"{folder}: {os_reason(error)}", "name a folder that you may write to")
 
 
 def script_for(config, run, shape=0, failed_again=False):
@@ -6089,6 +6093,7 @@ def command_submit(args):
         raise
     job = job_id_in(said)
     run.record_submit(job, shape=0)
+    link_output(config, run, job)
     if args.json:
         say_json({"job": job, "run": str(run.folder)})
     else:
@@ -6100,6 +6105,15 @@ def command_submit(args):
     if not args.json:
         say("Next: `python llmrun.py status` shows how it goes, `results` the answers.")
     return DONE
+
+
+def link_output(config, run, job):
+    """Where an old config wants the job's output, that of the newest submit is found; each run keeps its own."""
+    if config.slurm.output_link:
+        link = Path(config.slurm.output_link.replace("%j", str(job)))
+        with contextlib.suppress(FileNotFoundError):
+            link.unlink()
+        link.symlink_to(run.job_output(job))
 
 
 def join(args, run, failed_again=False, alone=True):

@@ -541,6 +541,10 @@ ENGINES = [
 ]
 
 INPUT = [
+    fault("a join asks for the model of the first submit", '    return json.dumps({**added, "model": self.defaults["model"]})', "    return json.dumps(added)",
+          "test_prompts.py::test_a_job_that_joins_with_another_model_names_that_one"),
+    fault("two tables of one name overwrite each other", "    if len(same) == 1:\n        return os.path.basename", "    if same:\n        return os.path.basename",
+          "test_prompts.py::test_two_tables_of_one_name_are_kept_apart"),
     fault("the system prompt is lost for text folders", 'return record["path"], CHAT, self.chat(self.system, text)',
           'return record["path"], CHAT, self.chat("", text)',
           "test_scenarios.py::test_the_system_prompt_and_params_reach_the_engine_with_each_samples_own_seed"),
@@ -634,8 +638,7 @@ JOURNAL = [
           "test_prompts.py::test_results_stand_in_input_order_and_errors_apart"),
     fault("failed rows vanish from a table", "    lines = marks.lines((Marks.DONE, Marks.FAILED))\n",
           "    lines = marks.lines((Marks.DONE,))\n", "test_prompts.py::test_a_csv_comes_back_with_its_answers"),
-    fault("the samples of a text overwrite each other", "            if prompts.samples > 1:\n                stem",
-          "            if prompts.samples > 2:\n                stem",
+    fault("the samples of a text overwrite each other", "return [name] if samples == 1 else", "return [name] * samples if samples else",
           "test_prompts.py::test_each_sample_of_a_text_has_a_file_of_its_own"),
     fault("a table that was changed gets others' answers", "                check_unchanged(source)\n",
           "                pass\n", "test_prompts.py::test_a_table_that_was_changed_since_is_not_given_others_answers"),
@@ -698,6 +701,10 @@ CLAIMS = [
 ]
 
 PUMP = [
+    fault("an error under a 200 is an answer", '    if answer.get("error"):\n        return False', '    if not answer:\n        return False',
+          "test_work.py::test_a_200_that_tells_of_an_error_is_no_answer"),
+    fault("what has no shape is an empty answer", "    if status == 200 and not is_answer(answer):", '    if status == 200 and answer.get("error"):',
+          "test_work.py::test_an_answer_of_no_known_shape_is_told_as_such"),
     fault("answers of one turn are swapped among their prompts",
           "for hand, outcome in desk.take()]:", "for (hand, _), (_, outcome) in (lambda came: zip(came, came[::-1]))(desk.take())]:",
           "test_work.py::test_a_few_prompts_more_than_slots_are_under_way_and_none_is_asked_twice"),
@@ -896,6 +903,8 @@ DRIVER = [
 ]
 
 COMMANDS = [
+    fault("an old config's log goes on from the last submit", "            link.unlink()\n", "            link.exists()\n",
+          "test_scenarios.py::test_an_old_configs_log_begins_anew_at_each_submit_and_each_run_keeps_its_own"),
     fault("cancel ends at the first refusal", "            refused[job] = error\n", "            raise\n",
           "test_commands.py::test_cancel_stops_all_that_it_may_though_one_job_is_refused"),
     fault("wrong input ends with another code", "        return error.exit_code\n    except KeyboardInterrupt",

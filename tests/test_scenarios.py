@@ -292,6 +292,24 @@ def test_the_old_flat_config_runs_unchanged(site):
     assert "#SBATCH --comment=kept" in (site.run / "shapes" / "0" / "job.sh").read_text()
 
 
+def test_an_old_configs_log_begins_anew_at_each_submit_and_each_run_keeps_its_own(site):
+    """As their script did, which removed the log first; a job that comes back writes on in it."""
+    log = site.folder / "job.log"
+    log.write_text("of a submit long ago\n")
+    flat = {"output_log": "job.log", "dir_llama_script": str(site.bin), "model": str(site.model), "prompts_user_dir": "prompts",
+            "nodes": 1, "time": "00:05:00"}
+    (site.folder / "config.json").write_text(json.dumps(flat))
+    site.means(prompts={"user": "prompts"})
+    jobs = []
+    for _ in range(2):
+        site.llmrun("submit", "config.json", "--wait")
+        jobs.append(site.status()["job"])
+        said = log.read_text()
+        assert "long ago" not in said and [job for job in jobs if f" start {job}.0.0 " in said] == jobs[-1:]
+    assert all(f" start {job}.0.0 " in site.llmrun("logs", job) for job in jobs), "the first one's, too"
+    assert jobs[0] != jobs[1] and "#SBATCH --open-mode=append" in (site.run / "shapes" / "0" / "job.sh").read_text()
+
+
 def free_port():
     import socket
     with socket.socket() as probe:
