@@ -177,7 +177,8 @@ def said_200(body):
 
 
 ERRORS = [{"error": {"message": "the slot is gone", "code": 500}}, {"error": "the slot is gone"},
-          {"object": "error", "message": "the slot is gone", "code": 500}, {"error": {"message": "the slot is gone"}, "choices": []}]
+          {"object": "error", "message": "the slot is gone", "code": 500}, {"error": {"message": "the slot is gone"}, "choices": []},
+          {"error": {"message": "the slot is gone"}, "choices": [{"message": {"content": "half of an"}}]}]
 
 
 @pytest.mark.parametrize("body", ERRORS, ids=str)
