@@ -805,7 +805,7 @@ DRIVER = [
           "test_slurm.py::test_a_slurm_that_is_silent_is_asked_again_while_there_is_time"),
     fault("an order that Slurm did not answer is given twice",
           "if asked and was_requeued(slurm.detail(self.allocation.job), self.allocation.restart):", "if False:",
-          "test_sites.py::test_an_order_that_slurm_did_not_answer_is_not_given_twice"),
+          "test_driver.py::test_a_requeue_that_slurm_heard_though_it_did_not_answer_is_asked_for_once"),
     left_out("a limit that was lowered is not heard of", "        self.doubt_the_end()  # whose limit was lowered, Slurm warns sooner\n",
              "test_sites.py::test_a_limit_that_is_lowered_while_the_job_runs_is_heard_of"),
     left_out("a signal that comes as the driver is made reaches nobody",

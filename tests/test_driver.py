@@ -401,3 +401,19 @@ def test_at_a_runs_end_each_of_its_submits_is_cancelled_by_its_own_word(driver, 
     work.finished = True
     driver.finish(work, llmrun.Stop(llmrun.DONE))
     assert sorted((folder / "asked").read_text().split("\n")) == ["", "--state=PENDING", "7", "9"]
+
+
+def test_a_requeue_that_slurm_heard_though_it_did_not_answer_is_asked_for_once(driver):
+    """The second order would be refused, since the job waits already, and another job submitted beside it."""
+    asked = []
+
+    class Late:
+        def requeue(self, job):
+            asked.append(job)
+            raise llmrun.SlurmSilent("scontrol", "Unexpected message received", "")
+
+        def detail(self, job):
+            return "JobId=7 JobState=PENDING Restarts=1"
+    with pytest.raises(llmrun.SlurmSilent):
+        driver.requeue(Late())
+    assert driver.requeue(Late()) == "" and asked == [7]
