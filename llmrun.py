@@ -1341,7 +1341,7 @@ class Slurm:
         """Hand a script to sbatch; its id, or what sbatch says to --test-only."""
         answer = self.call("sbatch", *options, str(script), environ=submit_environment(os.environ))
         if answer.returncode:
-            raise refusal(config, answer.stderr, [partition.name for partition in self.partitions()])
+            raise refusal(config, answer.stderr, self.partitions)
         return answer.stdout.strip() or answer.stderr.strip()
 
     def jobs(self, ids, with_places=True):
@@ -1407,15 +1407,16 @@ def job_id_in(said):
     return int(ids[-1])
 
 
-def refusal(config, message, partitions=()):
-    """The error for what sbatch would not take, at the key that it is about."""
+def refusal(config, message, partitions=list):
+    """The error for what sbatch would not take, at the key that it is about. `partitions()` tells those there are."""
     reasons = [re.sub(r"^(sbatch|srun|salloc): (error: |fatal: )?", "", line) for line in message.splitlines()]
     reason = "; ".join(dict.fromkeys(line.replace("Batch job submission failed: ", "") for line in reasons if line
                                      and not line.startswith("Try ")))
     for pattern, dotted, mend in REFUSALS:
         if re.search(pattern, reason):
-            if dotted == "slurm.partition" and partitions:
-                mend = nearest(config.slurm.partition, partitions) or "this cluster has " + ", ".join(partitions)
+            known = [partition.name for partition in partitions()] if dotted == "slurm.partition" else []
+            if known:
+                mend = nearest(config.slurm.partition, known) or "this cluster has " + ", ".join(known)
             return config.error(dotted, f"Slurm refuses: {reason}", mend)
     return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
                      "see [slurm] and [slurm.extra] in the config")
