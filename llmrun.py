@@ -5341,10 +5341,15 @@ class Orders:
         self.loading_since = None
         stopping = [(signal.SIGTERM, WORK_LEFT, "told to end (SIGTERM)"), (signal.SIGINT, INTERRUPTED, "interrupted"),
                     (signal.SIGHUP, WORK_LEFT, "the terminal was closed")]
-        for number, code, why in stopping:
-            self.loop.add_signal_handler(number, self.stop, Stop(code, why))
-        self.loop.add_signal_handler(signal.SIGUSR1, self.on_warning)
         self.loop.add_signal_handler(signal.SIGUSR2, self.stop, Stop(WORK_LEFT, "its batch process was killed", True))
+        for number, code, why in stopping:
+            self.hear(number, self.stop, Stop(code, why))
+        self.hear(signal.SIGUSR1, self.on_warning)
+
+    def hear(self, number, do, *args):
+        """In the loop, which is woken by its own handler above, but not by it: as it ends it gives what it
+        handles back to the system, and until we said that we do not care each of these signals would kill."""
+        signal.signal(number, lambda *_: self.loop.call_soon_threadsafe(do, *args))
 
     def stop(self, stop):
         """End now: unwind everything. Both TERM and INT may come twice; the first one counts."""
@@ -5672,12 +5677,16 @@ def drive(run, allocation, shape=0, work=Prompts, **wishes):
             stop = asyncio.run(driver.live(begun))
     except Exception as error:
         stop = stop_of(error, run)
-    for late in LATE_SIGNALS:
-        signal.signal(late, signal.SIG_IGN)  # signals come twice; what is left is quick and must be whole
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LATE_SIGNALS)
+    ignore_signals()
     ending = driver.finish(begun, stop) if begun else stop.leads_to()
     tell("end", **ending._asdict(), **(begun.counts() if begun else {}))
     return ending.code
+
+
+def ignore_signals():
+    """They come twice, and what is left is quick and must be whole."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stop_of(error, run):
@@ -5690,7 +5699,6 @@ def stop_of(error, run):
     return Stop(CLUSTER_FAILED, f"a fault in llmrun: {type(error).__name__}: {error}; please report it")
 
 
-LATE_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
 ENGINE_LINES = 200  # of an engine's log are told in the events of a life
 
 
@@ -5741,7 +5749,7 @@ class Driver:
                 raise
             return Stop(CLUSTER_FAILED, str(error), go_on=True, without=tuple(lost))
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, LATE_SIGNALS)  # the end of the loop gives them back to the system
+            ignore_signals()  # before the loop is over, which they would wake
         return Stop(DONE) if work.finished else orders.drained
 
     def agent_command(self, name):

@@ -64,7 +64,7 @@ def test_a_server_goes_on_through_more_time_slots_than_may_be_fruitless(site_on)
 
 
 LATE = """\
-import asyncio, os, signal, sys
+import asyncio, os, signal, sys, threading
 sys.path.insert(0, sys.argv[1])
 import llmrun
 
@@ -84,6 +84,7 @@ class Short(llmrun.Work):
 
 
 asyncio.run = run_and_be_told_to_end
+threading.Thread(target=threading.Event().wait, daemon=True).start()  # like those that wait for a child's end: any may be told
 sys.exit(llmrun.drive(llmrun.Run(sys.argv[1]), llmrun.find_allocation({}, 1), 0, Short))
 """
 
