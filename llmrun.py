@@ -614,6 +614,8 @@ class EngineConfig:
     port: int = key(0, PORT, "The engine's port; 0 takes a free one.")
     port_is_wish: bool = dataclasses.field(default=False, metadata={"kind": FLAG, "doc": ""})  # of an old config
     load_timeout: float = key(3600.0, DURATION, "How long the model may take to load.")
+    request_timeout: float = key(0.0, DURATION, "How long an answer may take, from when it was asked for; 0 is as long "
+                                 "as its max_tokens make likely at the pace of the others, and much more.")
     args: List[str] = key([], list_of(NODE_TEXT), "More arguments for the engine, as in [\"--flash-attn\", \"on\"].")
     llama: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
 
@@ -2188,6 +2190,9 @@ class Message(NamedTuple):
         return json.loads(self.body)
 
 
+NO_HEAD = Head("", {}, 0, False, 0, True, False)
+
+
 @functools.lru_cache(maxsize=1024)
 def parse_head(data, response):
     """Servers send the same few heads over and over: reading one is most of the work of reading a short answer."""
@@ -2428,6 +2433,12 @@ class Client:
         if self.sweeping is None:
             self.sweeping = loop.call_later(1.0, self.sweep)
         self.post(connection, request, limit, then)
+
+    def give_up(self, then):
+        """The time of the request with this `then` is over."""
+        for connection in self.all:
+            if connection.then is then:
+                connection.deadline = connection.limit = -math.inf
 
     def sweep(self):
         """One timer for all connections: a timer for each request would cost more than the request."""
@@ -3128,7 +3139,7 @@ class Placed(NamedTuple):
 
 
 class EngineFailed(ClusterError):
-    """An engine did not start, or ended while it was needed."""
+    """An engine did not start, ended while it was needed, or is of no use though it lives."""
 
     killed = False  # by somebody else: that may not come again
 
@@ -3136,6 +3147,10 @@ class EngineFailed(ClusterError):
     def port_taken(self):
         """Whether another program has its port: another port is free, maybe."""
         return "by another program" in self.what
+
+
+class EngineSick(EngineFailed):
+    """An engine lives and answers nothing: no prompt is to blame."""
 
 
 def model_name(config):
@@ -3146,13 +3161,14 @@ class Engine:
     """What all engines have in common."""
 
     name = ""
-    metrics_path = "/metrics"
+    figures = ""  # the lines of /metrics that move only while it works
 
     def __init__(self, config, run, life, group_size):
         self.config, self.run, self.life, self.group_size = config, run, life, group_size
         self.slots = config.engine.slots
         # A few prompts wait at the engine, so that no slot is ever empty.
         self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
+        self.request_timeout = config.engine.request_timeout or math.inf
 
     @classmethod
     def check(cls, config):
@@ -3229,6 +3245,7 @@ class LlamaCpp(Engine):
     """llama-server on the first node of the group; an RPC worker on each of the others."""
 
     name = "llama.cpp"
+    figures = "llamacpp:"
     worker_names = ("ggml-rpc-server", "rpc-server")  # renamed in June 2026
     own_settings = ("LLAMA_ARG_", "LLAMA_API_KEY", "AIP_")
     progress = r"load_tensors|n_ctx_slot|KV buffer|using device|RPC|listening|[Ee]rror|failed|warming up"
@@ -3453,7 +3470,7 @@ class Replica:
         self.number, self.engine, self.nodes, self.tell = number, engine, nodes, tell
         self.running = []  # (node, process, future of its Exit), in the order of their start
         self.names = {}  # address:port → the node behind it
-        self.client = None
+        self.client, self.title = None, "the engine"
         self.deaths = []  # when it died, of late
 
     @property
@@ -3482,23 +3499,27 @@ class Replica:
         self.names = {f"{placed.address}:{placed.port}": placed.node.name for placed in group}
         key = self.engine.run.key_file.read_text().strip()
         *workers, (head, server) = self.engine.processes(group)
+        self.title = f"{server.name} on {head.node.name}"
         await first_failure(*(self.start_worker(placed, process) for placed, process in workers))
         await self.start_process(head.node, server)
         self.tell("engine_started", replica=self.number, nodes=[node.name for node in self.nodes],
                   command=" ".join(map(quote, server.argv)))
         self.client, started = Client(head.address, head.port), clock()  # who answers there is not known yet: no key
         await self.unless_failed(wait_until(
-            f"{server.name} on {head.node.name} to be ready", self.answers_health,
+            f"{self.title} to be ready", self.answers_health,
             self.engine.config.engine.load_timeout, f"raise [engine] load_timeout, or see {server.log}"))
         await self.prove_owner(head, server)
         self.client.close()
         self.client = Client(head.address, head.port, key)
         self.tell("ready", replica=self.number, load_s=round(clock() - started, 2), host=head.address, port=head.port)
 
-    async def recover(self, error, restarts=RESTARTS):
-        """Start the engine again after it died, or raise the error if it dies again and again."""
+    async def recover(self, error, restarts=RESTARTS, worked=False):
+        """Start the engine again after it died, or raise the error if it dies again and again. One that answered
+        nothing since its last death has not made good for it, however long it took to load or was waited for."""
+        if worked:
+            self.deaths = [death for death in self.deaths if clock() - death < self.WITHIN_S]
         while True:
-            self.deaths = [death for death in self.deaths if clock() - death < self.WITHIN_S] + [clock()]
+            self.deaths.append(clock())
             self.tell("engine_died", replica=self.number, why=str(error), times=len(self.deaths))
             if len(self.deaths) > restarts:
                 raise error
@@ -3561,10 +3582,20 @@ class Replica:
                                f"{process.name} had it", FREE_PORTS)
 
     async def answers_health(self):
+        return (await self.look("/health")).status == 200
+
+    async def signs(self):
+        """Whether the engine says that it is well; and its figures, which move while it works, if it has any."""
+        well, told = await asyncio.gather(self.answers_health(), self.look("/metrics"))
+        return well, [line for line in told.body.decode("utf-8", "replace").splitlines()
+                      if self.engine.figures and line.startswith(self.engine.figures)]
+
+    async def look(self, path):
+        """What it answers; nothing, with status 0, if it does not."""
         try:
-            return (await self.client.request("GET", "/health", timeout_s=30)).status == 200
+            return await self.client.request("GET", path, timeout_s=30)
         except WireError:
-            return False
+            return Message(NO_HEAD, b"")
 
     async def failure(self):
         """Waits for the end of any of its processes, and says what it means."""
@@ -4768,10 +4799,10 @@ class Claims:
             self.owners[chunk, generation] = Life(*map(int, said.split(".")))
         return self.owners[chunk, generation]
 
-    def is_gone(self, owner, chunk=None):
+    def is_gone(self, owner, chunk=None, still_s=STILL_S):
         """Whether the owner of a chunk will do no more of it; None is one whose claim cannot be seen here yet."""
         if owner is None:
-            return self.stood_still_s(f"the owner of {chunk}", b"") > self.STILL_S
+            return self.stood_still_s(f"the owner of {chunk}", b"") > still_s
         if owner.job and owner.job == self.life.job and owner.restart < self.life.restart:
             return True
         if owner not in self.read_beats:
@@ -4783,7 +4814,7 @@ class Claims:
         if process and process.group(1).decode() == socket.gethostname() and process_birth(
                 int(process.group(2))) != int(process.group(3)):
             return True
-        return self.stood_still_s(str(owner), beat) > self.STILL_S
+        return self.stood_still_s(str(owner), beat) > still_s
 
     def stood_still_s(self, life, beat):
         """For how long, by our own clock, a life's beat has been this one."""
@@ -4814,9 +4845,13 @@ class Claims:
     def all_with_others(self):
         """Whether all that has no result is claimed by drivers that live: nothing is left for this job."""
         self.look()
+        return self.left_to_others(self.STILL_S)
+
+    def left_to_others(self, still_s):
+        """The same, as far as was seen at the last look, of those whose beat stands still no longer than that."""
         for chunk in filter(self.open, range(len(self.starts) - 1)):
             owner = self.owner(chunk, self.generations[chunk]) if chunk in self.generations else self.life
-            if owner == self.life or self.is_gone(owner, chunk):
+            if owner == self.life or self.is_gone(owner, chunk, still_s):
                 return False
         return True
 
@@ -4839,12 +4874,13 @@ class InHand:
     """A prompt from the moment it is taken from the input until it has a result. Where it stands is its tray, and
     nothing else: `put` is the one change of state, and how many there are of a kind is how many lie in its tray."""
 
-    __slots__ = ("prompt", "tray", "timer", "attempts", "began", "deaths")
+    __slots__ = ("prompt", "tray", "timer", "attempts", "began", "failed", "then", "deaths")
 
     def __init__(self, prompt):
         self.prompt, self.tray, self.timer = prompt, None, None
         self.attempts = 0  # how often it was asked and not answered for good
-        self.began = 0.0  # when it was asked last
+        self.began = self.failed = 0.0  # when it was asked last, and when it came to nothing last
+        self.then = None  # what its client calls with the answer
         self.deaths = 0  # how many engines died while it was under way
 
     def put(self, tray):
@@ -4862,7 +4898,7 @@ class InHand:
 class Desk:
     """What one replica is asked just now, and what came back since the pump looked."""
 
-    def __init__(self, replica):
+    def __init__(self, replica, pump):
         self.replica = replica
         self.under_way = {}  # trays, key → InHand: what it is asked,
         self.alone = {}  # one that it is asked alone, and that is judged here if the engine dies,
@@ -4871,6 +4907,7 @@ class Desk:
         self.broken = {}  # prompt in hand → when its answer broke off, unless it was answered since
         self.accused = []  # what may have killed the engine
         self.turn, self.alarm = asyncio.Event(), None
+        self.pulse = Pulse(self, pump)
 
     @property
     def trays(self):
@@ -4880,13 +4917,13 @@ class Desk:
     def room(self):
         """How many more it may be asked; none beside a prompt that is asked alone."""
         free = self.replica.engine.in_flight - len(self.under_way) - len(self.refused)
-        return 0 if self.alone else max(0, free)
+        return 0 if self.alone or self.pulse.in_doubt else max(0, free)
 
     def ask(self, hand, tray, now, limit):
-        hand.began = now
+        hand.began, hand.then = now, functools.partial(self.answered, hand)
         hand.put(tray)
         prompt = hand.prompt
-        self.replica.client.ask("POST", prompt.url, prompt.body, limit, functools.partial(self.answered, hand))
+        self.replica.client.ask("POST", prompt.url, prompt.body, limit, hand.then)
 
     def answered(self, hand, outcome):
         self.came.append((hand, outcome))
@@ -4911,6 +4948,116 @@ class Desk:
         return came
 
 
+class Pulse:
+    """Whether the engine at a desk answers: that it lives does not say so.
+
+    Where requests come to nothing, it is asked a small question of ours. If it answers that, they fail for reasons of
+    their own; if not, then after some failures it is asked nothing else, and after a while it is sick. Where nothing
+    comes at all, its health and its figures tell a long answer from none."""
+
+    LOOK_S = 2.0
+    SICK_S, SICK_FAILURES = 60.0, 20  # no answer for so long, and so many 5xx, timeouts and broken connections
+    SIGNS_S = 30.0  # between two looks for signs of life in one that says nothing
+    UNWELL_S = 300.0  # without a word that it is well
+    STILL_S, FIRST_S = 900.0, 3600.0  # without a move, at the least; the second before anything was ever answered
+    MUCH_MORE = 4  # than its max_tokens make likely, an answer may take
+
+    def __init__(self, desk, pump):
+        self.desk, self.replica, self.pump = desk, desk.replica, pump
+        self.answered = 0.0  # when, last; to refuse a question for what is wrong with it is an answer
+        self.failures, self.failing = 0, 0.0  # how many came to nothing since then, and since when
+        self.failed, self.words = None, ""  # the last of them, and why
+        self.since = self.looked = self.well = self.moved = clock()
+        self.figures = []
+
+    @property
+    def in_doubt(self):
+        return self.failures >= self.SICK_FAILURES
+
+    @property
+    def asked(self):
+        """What it is asked just now, the oldest first."""
+        return [*self.desk.under_way.values(), *self.desk.alone.values()]
+
+    def note_failure(self, prompt, words):
+        if not self.failures:
+            self.failing = clock()
+        self.failures, self.failed, self.words = self.failures + 1, prompt, words
+
+    async def watch(self):
+        """Ends only when the engine is sick, with that error."""
+        while True:
+            if await stalled(self.LOOK_S):  # nobody could answer
+                self.since = clock()
+            if self.failures:
+                await self.ask_small_question()
+            failing_s = clock() - max(self.since, self.failing)
+            if self.in_doubt and failing_s > self.SICK_S and not self.asked:
+                raise self.sick(failing_s, f"{self.failures} requests failed, the last with: {self.words}")
+            if self.quiet_s(self.looked) > self.SIGNS_S:
+                await self.look_for_signs()
+            self.give_up_late()
+
+    async def ask_small_question(self):
+        url = self.failed.url
+        body = {"model": json.loads(self.failed.body).get("model", ""), **SMALL_QUESTIONS[url]}
+        try:
+            outcome = await self.replica.client.request("POST", url, json_bytes(body), min(
+                self.UNWELL_S, self.replica.engine.request_timeout))
+        except WireError as error:
+            outcome = error
+        status, _, answer, error, _ = reply_of(outcome)
+        if 0 < status < 500:
+            self.answered, self.failures = clock(), 0
+            self.desk.turn.set()
+        else:
+            self.note_failure(self.failed, error_text(error or answer))
+
+    def quiet_s(self, *signs):
+        """For how long what it was asked first waits, without an answer or one of these signs of life."""
+        began = [hand.began for hand in self.asked[:1]]
+        return clock() - max(began[0], self.since, self.answered, *signs) if began else 0.0
+
+    async def look_for_signs(self):
+        self.looked = clock()
+        well, figures = await self.replica.signs()
+        if well:
+            self.well = clock()
+        if figures and figures != self.figures:
+            self.moved, self.figures = clock(), figures
+        if self.quiet_s(self.well) > self.UNWELL_S:
+            raise self.sick(self.quiet_s(self.well), "it does not even say that it is well")
+        patience_s = max([self.patience_s(hand.prompt) for hand in self.asked], default=math.inf)
+        if self.quiet_s(self.moved) > patience_s:
+            raise self.sick(self.quiet_s(self.moved), "it says that it is well, and nothing comes")
+
+    def give_up_late(self):
+        """What is not answered, though others are: it is asked again."""
+        for hand in self.asked:
+            waited_s = clock() - max(hand.began, self.since)
+            if self.pump.last_answer and waited_s > self.STILL_S and waited_s > self.patience_s(hand.prompt):
+                self.replica.client.give_up(hand.then)
+
+    def patience_s(self, prompt):
+        """How long it may take: as the user says, else by its max_tokens at the pace of the last answer."""
+        if self.replica.engine.request_timeout < math.inf:
+            return self.replica.engine.request_timeout + self.LOOK_S
+        if not self.pump.last_answer:
+            return self.FIRST_S if self.figures else math.inf
+        answer, took_s = self.pump.last_answer
+        body, tokens = json.loads(prompt.body), answer_of(answer)["completion_tokens"]
+        allowed = max([int(body[name]) for name in LENGTH_KEYS & set(body)], default=0)
+        return max(self.STILL_S, self.MUCH_MORE * took_s * max(1.0, allowed / max(1, tokens)))
+
+    def sick(self, time_s, why):
+        return EngineSick("", f"{self.replica.title} lives, but answered nothing for {show_duration(time_s)}: {why}",
+                          "`logs` shows what it said")
+
+
+SMALL_QUESTIONS = {CHAT: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+                   COMPLETIONS: {"prompt": "Hi", "max_tokens": 1}, EMBEDDINGS: {"input": "Hi"}}
+
+
 class Pump:
     """Asks every prompt once, of whichever replica is free, until none is left or it is told to stop.
 
@@ -4930,10 +5077,12 @@ class Pump:
         self.resting = {}  # when its time has come,
         self.suspects = {}  # or alone: two engines died with it under way
         self.desks = {}  # replica → its desk, with trays of its own
+        self.most_again = 0
         self.exhausted = self.draining = False
         self.over = asyncio.Event()  # nothing is left to ask or to wait for, not even for an engine that starts
         self.first_sent = None
         self.usual_s = 0.0  # how long a prompt takes: a moving average of the answered ones
+        self.last_answer = None  # and how long that took
 
     async def run(self, pairs):
         """Work with each replica from the moment it is ready; fails when the last one has."""
@@ -4974,33 +5123,46 @@ class Pump:
             await replica.recover(error, restarts=1)
         try:
             while True:
-                desk = self.desks[replica.number] = Desk(replica)
+                desk = self.desks[replica.number] = Desk(replica, self)
+                self.most_again = sum(desk.replica.engine.in_flight for desk in self.desks.values())
                 try:
                     return await replica.unless_failed(self.serve(desk))
                 except EngineFailed as error:
                     await asyncio.sleep(self.DEATH_PAUSE_S)
-                    self.blame(desk)
+                    if isinstance(error, EngineSick):
+                        self.take_from_alone(desk)
+                    else:
+                        self.blame(desk)
                     if self.finished:
                         return None
-                    await replica.recover(error)
+                    await replica.recover(error, worked=desk.pulse.answered > 0)
         except ClusterError:  # it dies again and again, or its node was lost: the others ask what it was asked alone
-            for hand in list(desk.alone.values()):
-                self.put_back(hand)
+            self.take_from_alone(desk)
             raise
+
+    def take_from_alone(self, desk):
+        for hand in list(desk.alone.values()):
+            self.put_back(hand)
 
     def time_left(self):
         """How long a prompt that is asked now may take."""
         return min(self.ends_at - LAST_MOMENTS_S - clock(), FOR_EVER_S)
 
     async def serve(self, desk):
+        watching = asyncio.ensure_future(desk.pulse.watch())
+        watching.add_done_callback(lambda _: desk.turn.set())
         try:
             self.fill(desk)
             while not self.finished:
                 await desk.turn.wait()
                 self.settle_all(desk)
+                if watching.done():
+                    watching.result()
                 self.fill(desk)
         finally:
             self.leave(desk)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
     def fill(self, desk):
         """Ask as many prompts as there is room for; none whose result could not be written."""
@@ -5008,20 +5170,21 @@ class Pump:
             self.drain()
         if self.held():
             return desk.look_again(self.REST_S)
-        alone = self.suspects and not any(desk.trays)
+        alone = self.suspects and not any(desk.trays) and desk.room
         taken = [next(iter(self.suspects.values()))] if alone else self.take(desk.room)
         now = clock()
-        limit = now + self.time_left()
+        limit = now + min(self.time_left(), desk.replica.engine.request_timeout)
         if taken and not self.first_sent:
             self.first_sent = now
         for hand in taken:
             desk.ask(hand, desk.alone if alone else desk.under_way, now, limit)
 
     def take(self, room):
-        """Up to so many prompts to ask now, those first that are to be asked once more."""
+        """Up to so many prompts to ask now, those first that are to be asked once more; new ones only while no more
+        than may be under way wait for that."""
         again = list(itertools.islice(self.waiting.values(), room))
-        numbers = []
-        while len(again) + len(numbers) < room and not (self.exhausted or self.draining):
+        numbers, enough = [], len(self.waiting) - len(again) + len(self.resting) >= self.most_again
+        while len(again) + len(numbers) < room and not (self.exhausted or self.draining or enough):
             number = self.next_number()
             if number == LATER:
                 break
@@ -5035,6 +5198,7 @@ class Pump:
         results = []
         for hand, outcome, reply in [(hand, outcome, reply_of(outcome)) for hand, outcome in desk.take()]:
             if isinstance(outcome, Unreachable):  # the engine may be about to end, or overrun: its slot rests a moment
+                desk.pulse.note_failure(hand.prompt, str(outcome))
                 hand.put(desk.refused)
                 self.after(self.REST_S, hand, self.put_back)
                 continue
@@ -5086,12 +5250,19 @@ class Pump:
 
     def settle(self, desk, hand, reply):
         """The result that a reply makes, or none: it is asked once more where that may help."""
-        status, *_, wait_s = reply
+        status, _, answer, error, wait_s = reply
+        now, before, pulse = clock(), hand.failed, desk.pulse
         hand.attempts += 1
+        if 0 < status < 500:
+            pulse.answered, pulse.failures = now, 0
+        else:
+            hand.failed = now
+            pulse.note_failure(hand.prompt, error_text(error or answer))
         if status == 200:
-            took = clock() - hand.began
+            took = now - hand.began
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
-        elif can_pass(status) and (hand.attempts < MAX_ATTEMPTS or self.draining):
+            self.last_answer = answer, took
+        elif can_pass(status) and (hand.attempts < MAX_ATTEMPTS or self.draining or pulse.answered < before):
             delay = max(wait_s, min(30.0, 0.25 * 2 ** hand.attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.rest(hand, delay)
             return None
@@ -5432,6 +5603,8 @@ async def tending(work, orders):
                 orders.time_is_up()
             elif not work.started and work.finished:
                 orders.stop(Stop(DONE, "the other jobs have answered all"))
+            elif work.idle:
+                orders.drain(Stop(WORK_LEFT, go_on=True))
     task = asyncio.ensure_future(tend())
     try:
         yield
@@ -5477,6 +5650,7 @@ class Work:
     TEND_S = 2.0
     finished = False  # nothing is left to do, for this life or any other
     started = False  # something is under way that `drain` can let finish
+    idle = False  # for long, nothing was left but what other lives are doing
 
     @classmethod
     def begin(cls, driver):
@@ -5524,7 +5698,8 @@ class Prompts(Work):
 
     def __init__(self, run, config, claims, journal, tell):
         self.run, self.config, self.claims, self.journal, self.tell = run, config, claims, journal, tell
-        self.tally, self.pump, self.beaten, self.told_trouble = Tally(), None, clock(), ""
+        self.tally, self.pump, self.told_trouble = Tally(), None, ""
+        self.beaten = self.busy = clock()
 
     @classmethod
     def begin(cls, driver, failed_again=False):
@@ -5545,6 +5720,10 @@ class Prompts(Work):
     @property
     def started(self):
         return bool(self.pump and self.pump.first_sent)
+
+    @property
+    def idle(self):
+        return clock() - self.busy > self.claims.STILL_S
 
     async def do(self, pairs, ends_at):
         """Every prompt, asked of these replicas."""
@@ -5583,6 +5762,9 @@ class Prompts(Work):
             self.tell("claims_trouble" if self.told_trouble else "claims_well", why=self.told_trouble)
         if self.pump:
             self.pump.wake_all()
+        others_do = self.started and not any(self.pump.trays) and self.claims.left_to_others(self.claims.STILL_S / 2)
+        if self.finished or not others_do:  # one whose beat is that old may be dead, and its prompts ours soon
+            self.busy = clock()
 
     @contextlib.asynccontextmanager
     async def reporting(self):

@@ -1,5 +1,6 @@
 """Claims: who asks what when drivers share a run. First rule by rule; then every interleaving of two drivers."""
 
+import asyncio
 import contextlib
 import itertools
 import math
@@ -9,8 +10,10 @@ from typing import NamedTuple
 
 import llmrun
 import pytest
+import test_suspects
 
 FOLDER = Path("/nowhere/run")
+loop = test_suspects.loop
 BIRTH = 7
 
 
@@ -694,3 +697,81 @@ def test_what_a_slow_driver_answered_since_the_last_look_is_not_asked_again(site
         site.answer(claims, number)
     site.answer(slow, 2)  # it was thought gone
     assert claims.next() == 3
+
+
+# ── a job that has nothing to do but to wait for the others ────────────────────
+
+
+class Idle:
+    """A driver whose prompts are answered at once, beside another life that has claimed some and answers none of
+    them; all in a time that costs none. `beats_until` is when the other dies."""
+
+    def __init__(self, tmp_path, loop, beats_until=math.inf):
+        (tmp_path / "in.jsonl").write_text("".join(f'{{"x": "{number}"}}\n' for number in range(20)))
+        config = llmrun.build_config(llmrun.Config, {"engine": {"name": "echo"}, "run_dir": str(tmp_path / "runs"), "prompts": {
+            "user": str(tmp_path / "in.jsonl"), "template": "{x}"}}, "config.toml", None)
+        self.run = llmrun.create_run(config, llmrun.freeze(config, "m"), lambda run: "")
+        self.run.record_submit(1, shape=0)
+        self.prompts, self.loop, self.beats_until = llmrun.Input.load(self.run, config, "m"), loop, beats_until
+        self.starts, self.config = llmrun.chunk_starts(len(self.prompts), 2), config
+        other = self.claims(2)
+        for _ in range(3):
+            other.claim_next()
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self.live())
+        finally:
+            asyncio.set_event_loop(None)
+
+    def claims(self, job):
+        life = self.run.new_life(job, 0)
+        llmrun.Events(self.run, life).append("start", work="prompts")
+        return llmrun.Claims(self.run, life, llmrun.Marks(self.run, self.prompts), self.starts, self.loop.time)
+
+    async def other_beats(self):
+        for count in itertools.count():
+            self.run.disk.put(self.run.beat_file(llmrun.Life(2, 0, 0)), b"%d elsewhere 1 1" % count)
+            await asyncio.sleep(10 if self.loop.time() < self.beats_until else 10**9)
+
+    async def live(self):
+        async def written(until):
+            pass
+        journal = types.SimpleNamespace(add=lambda *results: None, write=lambda: None, close=lambda: None, written=written, trouble="")
+        work = llmrun.Prompts(self.run, self.config, self.claims(1), journal, lambda event, **facts: None)
+        allocation = llmrun.Allocation(1, 0, ["n1"], {}, math.inf, False, 1)
+        driver = llmrun.Driver(self.run, self.config, 0, llmrun.Life(1, 0, 0), allocation, lambda event, **facts: None)
+        living = asyncio.ensure_future(self.story(driver, work))
+        beating = asyncio.ensure_future(self.other_beats())
+        await asyncio.wait([living], timeout=3600)
+        ended = living.done()
+        for task in (living, beating):
+            task.cancel()
+        await asyncio.gather(living, beating, return_exceptions=True)
+        assert ended, "it waits for the others for ever"
+        self.took_s, self.done = self.loop.time(), work.claims.marks.count(llmrun.Marks.DONE)
+        self.ending = None if work.finished else driver.hand_over(work, living.result(), "resume")
+
+    async def story(self, driver, work):
+        replica = test_suspects.Replica(0, lambda replica, name, times: (0.1, "ok"))
+        replica.ask = lambda method, url, body, limit, then: self.loop.call_later(0.1, then, test_suspects.says("ok"))
+        orders = llmrun.Orders(driver, work)
+        try:
+            async with llmrun.tending(work, orders):
+                await work.do([(replica, asyncio.ensure_future(asyncio.sleep(0)))], math.inf)
+        except asyncio.CancelledError:
+            if not orders.stopped:
+                raise
+        return orders.stopped or orders.drained
+
+
+def test_a_job_ends_when_all_that_is_left_is_with_others_that_live(tmp_path, loop):
+    """However long they take for it: they may hang, and these nodes are somebody else's until then."""
+    idle = Idle(tmp_path, loop)
+    assert idle.done == 20 - 3 and idle.ending.next == llmrun.OTHERS and "the other jobs" in idle.ending.why
+    assert "time limit" not in idle.ending.why
+
+
+def test_a_job_does_not_leave_what_a_dead_one_had(tmp_path, loop):
+    """It died as this one came to its end, when nobody could know yet."""
+    idle = Idle(tmp_path, loop, beats_until=1)
+    assert idle.done == 20 and idle.ending is None and idle.took_s < 200

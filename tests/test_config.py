@@ -91,6 +91,11 @@ def test_durations(text, seconds):
     assert llmrun.parse_duration(text) == seconds
 
 
+def test_a_requests_time_is_a_duration_and_need_not_be_given(tmp_path):
+    assert read(tmp_path, '[engine]\nrequest_timeout = "90s"').engine.request_timeout == 90
+    assert not read(tmp_path, "").engine.request_timeout
+
+
 def test_help_config_is_the_example_file():
     done = subprocess.run([sys.executable, llmrun.__file__, "help", "config"], stdout=subprocess.PIPE, text=True)
     assert done.stdout.strip() == llmrun.example_toml().strip()

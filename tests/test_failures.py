@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import types
 
@@ -506,3 +507,25 @@ def test_a_worker_that_dies_of_its_servers_death_is_not_the_cause():
         return await replica.failure()
     error = asyncio.run(first_words())
     assert str(error).startswith("llama-server on node-of-llama-server") and error.killed, error
+
+
+@pytest.mark.parametrize("env, keys, words", [
+    ({"FAKE_LLAMA_FAULT_RATE": "1", "FAKE_LLAMA_FAULTS": "500"}, {}, "llama-server.*a fault was asked for"),
+    ({"FAKE_LLAMA_HANG": "answers"}, {"request_timeout": "500ms"}, "llama-server.*answer")], ids=["refuses all", "never answers"])
+def test_an_engine_that_lives_and_answers_nothing_is_named_and_its_prompts_are_open(here, env, keys, words):
+    """It is sick sooner here, and given up at its first death."""
+    here.write_prompts(30)
+    here.amend("", "Pulse.LOOK_S, Pulse.SICK_S, Pump.DEATH_PAUSE_S = 0.1, 1.5, 0.1", "Replica.recover.__defaults__ = (0, False)")
+    here.config(environment={"vars": env}, engine={"slots": 16, **keys})
+    running = here.start("run", "config.json")
+    try:
+        running.wait(25)
+    except subprocess.TimeoutExpired:
+        running.terminate()
+    output, _ = running.communicate(timeout=20)
+    assert here.runs(), output
+    state = here.status()
+    assert (running.returncode, state["state"], state["done"], state["failed"]) == (3, "failed", 0, 0), output
+    assert re.search(words, state["detail"]) and state["detail"] in output
+    here.llmrun("resume", "--set", f"environment.vars.{next(iter(env))}=", "--set", "environment.vars.FAKE_LLAMA_FAULTS=503")
+    assert len(here.results()) == 30 == here.status()["done"]

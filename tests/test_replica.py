@@ -59,8 +59,15 @@ def test_an_engine_that_dies_again_and_again_is_given_up(replica):
 
 def test_deaths_of_long_ago_are_forgotten(replica):
     replica.deaths = [replica.now - replica.WITHIN_S - 1] * 3
-    asyncio.run(replica.recover(failed()))
+    asyncio.run(replica.recover(failed(), worked=True))
     assert replica.started == 1
+
+
+def test_an_engine_that_answered_nothing_between_its_deaths_has_made_good_for_none(replica):
+    """However long it took to load, or was waited for."""
+    replica.deaths = [replica.now - replica.WITHIN_S - 1] * 3
+    with pytest.raises(llmrun.EngineFailed):
+        asyncio.run(replica.recover(failed()))
 
 
 def test_a_port_that_another_was_quicker_to_take_is_replaced(replica):

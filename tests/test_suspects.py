@@ -51,7 +51,7 @@ class Replica:
 
     def __init__(self, number, play, in_flight=1, notice_s=0.0, restart_s=0.05, restarts=3):
         self.number, self.play, self.notice_s, self.restart_s, self.restarts = number, play, notice_s, restart_s, restarts
-        self.engine, self.client = type("Engine", (), {"in_flight": in_flight}), self
+        self.engine, self.client = type("Engine", (), {"in_flight": in_flight, "request_timeout": llmrun.math.inf}), self
         self.loop, self.failed, self.down = asyncio.get_event_loop(), None, False
         self.waiting, self.times, self.deaths, self.forgiven = [], {}, 0, 0
 
@@ -59,7 +59,7 @@ class Replica:
         if self.down:
             self.loop.call_soon(then, llmrun.Unreachable("refused"))
             return
-        name = json.loads(body)
+        name = json.loads(body)["name"]
         self.times[name] = self.times.get(name, 0) + 1
         delay_s, outcome = self.play(self, name, self.times[name])
         self.waiting.append(then)
@@ -89,7 +89,13 @@ class Replica:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
-    async def recover(self, error, restarts=3):
+    async def request(self, method, path, body, timeout_s):
+        """A small question, which does not kill."""
+        if self.down:
+            raise llmrun.Unreachable("refused")
+        return says("Hi")
+
+    async def recover(self, error, restarts=3, worked=False):
         if self.deaths - self.forgiven > self.restarts:
             raise error
         await asyncio.sleep(self.restart_s)
@@ -103,7 +109,7 @@ def pumped(loop, make_replicas, names, meanwhile=None, limit_s=2000):
     """What came of prompts with these names, as (name, status or error's code, replica); and the replicas."""
     async def work():
         replicas, numbers, results = make_replicas(), iter(range(len(names))), []
-        pump = llmrun.Pump(lambda: next(numbers, None), lambda n: llmrun.Prompt((0, n, 0), names[n], "/", json.dumps(names[n]).encode()),
+        pump = llmrun.Pump(lambda: next(numbers, None), lambda n: llmrun.Prompt((0, n, 0), names[n], llmrun.CHAT, json.dumps({"name": names[n]}).encode()),
                            results.extend, llmrun.math.inf)
         helper = asyncio.ensure_future(meanwhile(pump) if meanwhile else asyncio.sleep(0))
         starts = [(replica, asyncio.ensure_future(asyncio.sleep(0))) for replica in replicas]
