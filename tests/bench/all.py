@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NEEDS = {"pump.py": "nginx", "million.py": "nginx", "slots.py": "cmake", "trouble.py": "python3",
+NEEDS = {"pump.py": "nginx", "million.py": "nginx", "slots.py": "cmake", "trouble.py": "python3", "submit.py": "python3",
          "overhead.py": "slurmctld", "scaling.py": "python3", "interruptions.py": "slurmctld", "lost_nodes.py": "slurmctld"}
 
 path, missed = os.environ["PATH"] + ":/usr/sbin:/sbin", []
