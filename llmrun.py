@@ -3713,9 +3713,11 @@ class BadRow(Exception):
     """A row that cannot be asked, and what to do about it."""
 
 
-# The usual layout of a Batch request, as OpenAI's documentation writes it.
-BATCH_ROW = re.compile(rb'\s*\{\s*"custom_id":\s*"([^"\\]+)",\s*"method":\s*"POST",\s*"url":\s*"(/v1/[a-z/]+)",'
-                       rb'\s*"body":\s*(\{.*\})\s*\}\s*', re.DOTALL)
+# The usual layout of a Batch request, as OpenAI's documentation writes it. All that stands around the body is JSON by
+# itself, so where the body is one value, the row is one, too, and has these four keys and no others.
+BATCH_ROW = (rb'\s*\{\s*"custom_id":\s*"([^"\\\x00-\x1f]+)",\s*"method":\s*"POST",\s*"url":\s*"(/v1/[a-z/]+)",'
+             rb'\s*"body":\s*(\{.*\})\s*\}\s*')
+BATCH_ROW = re.compile(BATCH_ROW.replace(rb"\s", rb"[ \t\r\n]"), re.DOTALL)  # the white space of JSON
 
 
 class Asking:
@@ -3724,10 +3726,10 @@ class Asking:
     def __init__(self, config, model, system, template):
         self.config, self.system, self.template = config.prompts, system, template
         self.defaults = {"model": model, **config.prompts.params}
-        self.added = self.added_json = None
+        self.known, self.splices = frozenset(self.defaults) | LENGTH_KEYS, {}
 
     def of_record(self, source, record, number):
-        """(custom_id, url, body) of a row; BadRow says what it lacks."""
+        """(custom_id, url, body without the defaults) of a row; BadRow says what it lacks."""
         if source.kind == "folder":
             text = self.file_text(source, record)
             if not text.strip():
@@ -3738,7 +3740,7 @@ class Asking:
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
-        stem = Path(source.path).stem if source.path != "-" else "row"
+        stem = os.path.basename(source.path).rpartition(".")[0] or "row"  # of standard input
         custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"{stem}-{number + 1}"
         text = fill(self.template, record)
         if not custom_id.strip():
@@ -3756,11 +3758,12 @@ class Asking:
         if not isinstance(body, dict) or not body.get("input" if url == EMBEDDINGS else
                                                       "prompt" if url == COMPLETIONS else "messages"):
             raise BadRow("the body asks nothing; give it messages (or prompt, or input)")
-        return custom_id, url, self.with_defaults(body, url)
+        return custom_id, url, body
 
-    def chat(self, system, text):
+    @staticmethod
+    def chat(system, text):
         messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
-        return self.with_defaults({"messages": messages}, CHAT)
+        return {"messages": messages}
 
     def with_defaults(self, body, url):
         """A row's own keys win; a limit on the answer is always there, or an engine fills its whole context."""
@@ -3769,20 +3772,16 @@ class Asking:
         limited = LENGTH_KEYS & (set(body) | set(self.defaults))
         return {**({} if limited else {"max_tokens": self.config.max_tokens}), **self.defaults, **body}
 
-    def splice(self, data, record, body):
-        """The beginning that makes a Batch row's own bytes into the request, where that is all there is to do.
+    def splice(self, url, body):
+        """What goes before a body, less its brace, and makes it the request: the defaults that it lacks.
 
-        Cutting a body out and sending it costs a quarter of reading it and writing it again."""
-        match = BATCH_ROW.fullmatch(data)
-        try:
-            if not match or len(record) != 4 or read_json(match.group(3)) != record["body"]:
-                return ""
-        except ValueError:  # what seemed the body is more than that
-            return ""
-        added = {name: value for name, value in body.items() if name not in record["body"]}
-        if added != self.added:  # it is the same for most rows
-            self.added, self.added_json = added, json.dumps(added)
-        return self.added_json[:-1] + ", " if added else "{"
+        Cutting a Batch row's body out and sending it costs a quarter of reading it and writing it again."""
+        alike = url == EMBEDDINGS, self.known.intersection(body)  # all that decides which it lacks
+        if alike not in self.splices:
+            added = {name: value for name, value in self.with_defaults(body, url).items() if name not in body}
+            check_encodes("", added)
+            self.splices[alike] = json.dumps(added)[:-1] + ", " if added else "{"
+        return self.splices[alike]
 
     def splice_now(self, splice):
         """A frozen beginning with the model's name as it is now: a job that joins may have another."""
@@ -3818,13 +3817,26 @@ def text_digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def cut_record(data):
+    """The record of a Batch row in the usual layout, of which only the body is read; None for any other row."""
+    match = BATCH_ROW.fullmatch(data)
+    try:
+        return match and {"custom_id": match.group(1).decode(), "method": "POST", "url": match.group(2).decode(),
+                          "body": read_json(match.group(3))}
+    except ValueError:  # what seemed the body is more than that, or no JSON
+        return None
+
+
+def table_record(columns, fields):
+    if len(fields) != len(columns):
+        raise BadRow(f"{len(fields)} fields where the header has {len(columns)}; quote fields that hold commas")
+    return dict(zip(columns, fields))
+
+
 def read_record(kind, columns, data):
     """The record in a row's bytes."""
     if kind == "csv":
-        fields = next(csv.reader(io.StringIO(data.decode(), newline="")), [])
-        if len(fields) != len(columns):
-            raise BadRow(f"{len(fields)} fields where the header has {len(columns)}; quote fields that hold commas")
-        return dict(zip(columns, fields))
+        return table_record(columns, next(csv.reader(io.StringIO(data.decode(), newline="")), []))
     try:
         record = read_json(data)
     except UnicodeDecodeError:
@@ -3837,7 +3849,8 @@ def read_record(kind, columns, data):
 
 
 class RowScanner:
-    """Runs once through a row file: (line number, offset, bytes) of each row, and on the way its digest."""
+    """Runs once through a row file: (line number, offset, bytes, fields of a table) of each row, and on the way its
+    digest."""
 
     def __init__(self, file, kind):
         self.file, self.kind = file, kind
@@ -3847,33 +3860,35 @@ class RowScanner:
         if self.kind == "csv":
             yield from self.csv_rows()
             return
-        for data in self.file:
-            offset = self.take(data)
+        for data in self.lines():
+            offset = self.at - len(data)
             if not offset and data.startswith(codecs.BOM_UTF8):  # editors on Windows begin a file so
                 offset, data = len(codecs.BOM_UTF8), data[len(codecs.BOM_UTF8):]
             if data.strip():
-                yield self.line, offset, data
+                yield self.line, offset, data, None
 
-    def take(self, data):
-        self.hash.update(data)
-        offset, self.at, self.line = self.at, self.at + len(data), self.line + 1
-        return offset
+    def lines(self):
+        for some in iter(lambda: self.file.readlines(2**16), []):
+            self.hash.update(b"".join(some))  # many at once: each call costs as much as a line
+            for data in some:
+                self.at += len(data)
+                self.line += 1
+                yield data
 
     def csv_rows(self):
         """A quoted field may hold line ends: the csv module takes as many lines as a row has."""
         taken = []
 
-        def lines():
-            for data in self.file:
-                self.take(data)
+        def texts():
+            for data in self.lines():
                 taken.append(data)
                 yield data.decode()
         try:
-            for fields in csv.reader(lines(), strict=True):
+            for fields in csv.reader(texts(), strict=True):
                 data = b"".join(taken)
                 first, taken[:] = self.line - len(taken) + 1, []
                 if fields:
-                    yield first, self.at - len(data), data
+                    yield first, self.at - len(data), data, fields
         except csv.Error:
             self.line -= max(0, len(taken) - 1)  # where the row begins whose quotes have no end
             raise
@@ -3884,13 +3899,19 @@ class Rows:
 
     AHEAD_BYTES = 2**16
 
-    def __init__(self, row_file, index):
-        self.row_file, self.index = row_file, memoryview(index).cast("B").cast("Q")  # offset, length of each row
+    def __init__(self, row_file, index_file):
+        self.row_file, self.index_file = row_file, index_file
         self.start, self.data = 0, b""
 
     @functools.cached_property
     def file(self):
         return open(self.row_file, "rb")
+
+    @functools.cached_property
+    def index(self):
+        """Offset and length of each row, one row's after another's."""
+        with open(self.index_file, "rb") as file:
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("Q")
 
     def __getitem__(self, row):
         offset, length = self.index[2 * row], self.index[2 * row + 1]
@@ -3909,10 +3930,11 @@ class Rows:
 class Input:
     """All that is asked, as it was frozen: prompts are numbered 0, 1, 2 … over all sources, rows and samples."""
 
-    def __init__(self, sources, indexes, asking, samples):
+    def __init__(self, sources, folder, asking, samples):
         self.sources, self.asking, self.samples = sources, asking, samples
         self.starts = list(itertools.accumulate([0] + [source.rows * samples for source in sources]))
-        self.rows = [Rows(source.row_file, index) for source, index in zip(sources, indexes)]
+        self.rows = [Rows(source.row_file, os.path.join(folder, f"{number}.index"))
+                     for number, source in enumerate(sources)]
         # what goes before each row's own body, where that alone makes its request
         self.splices = [asking.splice_now(source.splice).encode() if samples == 1 else b"" for source in sources]
 
@@ -3944,6 +3966,7 @@ class Input:
         try:
             record = self.record(key)
             custom_id, url, body = self.asking.of_record(self.sources[key[0]], record, key[1])
+            body = self.asking.with_defaults(body, url)
         except BadRow as bad:  # it was good when it was frozen
             raise UserError(self.sources[key[0]].path,
                             f"row {key[1] + 1} was changed after the run was submitted: {bad}",
@@ -3960,13 +3983,8 @@ class Input:
         sources = [Source(*source) for source in frozen["sources"]]
         for source in sources if check else ():
             check_unchanged(source)
-        indexes = []
-        for number in range(len(sources)):
-            with open(run.input_file(f"{number}.index"), "rb") as file:
-                empty = not os.fstat(file.fileno()).st_size
-                indexes.append(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         asking = Asking(config, model, frozen["system"], frozen["template"])
-        return cls(sources, indexes, asking, config.prompts.samples)
+        return cls(sources, run.input_file(""), asking, config.prompts.samples)
 
 
 def check_unchanged(source):
@@ -3990,8 +4008,7 @@ class Frozen(NamedTuple):
     """An input that was read and checked, ready to be kept in a run."""
 
     sources: List[Source]
-    indexes: List[Any]
-    spool: Any  # a temporary folder with the row files that llmrun itself makes
+    spool: Any  # a temporary folder with the row files that llmrun itself makes, and the index of each source
     system: str
     template: str
     skipped: List[str]
@@ -4007,7 +4024,7 @@ class Frozen(NamedTuple):
                 kept = run.input_file(f"{number}.rows")
                 shutil.move(source.row_file, kept)
                 source = source._replace(row_file=str(kept))
-            write_file(run.input_file(f"{number}.index"), self.indexes[number].tobytes())
+            shutil.move(os.path.join(self.spool.name, f"{number}.index"), run.input_file(f"{number}.index"))
             sources.append(source)
         write_file(run.input_file("input.json"), json.dumps(
             {"sources": sources, "rows": len(self), "system": self.system, "template": self.template,
@@ -4024,20 +4041,19 @@ def freeze(config, model, tell=lambda done, total: None):
         raise config.error("prompts.params", "its seed is no whole number", "write a number")
     asking = Asking(config, model, system, read_template(config))
     spool = tempfile.TemporaryDirectory()
-    sources, indexes, skipped, hashes = [], [], [], array.array("Q")
+    sources, skipped, hashes = [], [], array.array("q")
     for number, (kind, path) in enumerate(find_sources(config)):
-        row_file = make_row_file(kind, path, os.path.join(spool.name, f"{number}.rows"))
-        source, index = scan_source(Source(kind, path, row_file, 0, 0, 0, "", [], ""), asking, skipped, hashes, tell)
-        sources.append(source)
-        indexes.append(index)
+        row_file, index_file = (os.path.join(spool.name, f"{number}.{ending}") for ending in ("rows", "index"))
+        source = Source(kind, path, make_row_file(kind, path, row_file), 0, 0, 0, "", [], "")
+        sources.append(scan_source(source, index_file, asking, skipped, hashes, tell))
     if not any(source.rows for source in sources):
         if skipped:
             raise config.error("prompts.user", f"no row of it can be asked; the first: {skipped[0]}", "mend the rows")
         raise config.error("prompts.user", "no prompts in it", "put text files in the folder, or rows in the file")
-    prompts = Input(sources, indexes, asking, 1)
+    prompts = Input(sources, spool.name, asking, 1)
     check_unique(prompts, hashes)
     check_result_names(config, prompts)
-    return Frozen(sources, indexes, spool, system, asking.template, skipped)
+    return Frozen(sources, spool, system, asking.template, skipped)
 
 
 def read_template(config):
@@ -4100,28 +4116,24 @@ def prompt_files(folder):
     return sorted(found)
 
 
-def scan_source(source, asking, skipped, hashes, tell):
-    """The source with its counts, and the (offset, length) of each of its good rows."""
-    index, splices = array.array("Q"), set()
+STEP_BYTES = 2**22  # of the input: after so many it is told how far we are, and the index goes to its file
+
+
+def scan_source(source, index_file, asking, skipped, hashes, tell):
+    """The source with its counts; (offset, length) of each of its good rows stands then in the index file."""
+    index, splices, count, told = array.array("Q"), set(), 0, 0
     try:
         with open(source.row_file, "rb") as file:
             found, scanner = os.fstat(file.fileno()), RowScanner(file, source.kind)
             rows = iter(scanner)
             if source.kind == "csv":
-                header = next(rows, (1, 0, b""))[2].decode().lstrip("\ufeff")
+                header = next(rows, (1, 0, b"", []))[2].decode().lstrip("\ufeff")
                 source = source._replace(columns=next(csv.reader([header]), []))
                 if len(set(source.columns)) < len(source.columns):
                     raise UserError(f"{source.path}:1", "two columns have the same name", "give each its own")
-            for line, offset, data in rows:
+            for line, offset, data, fields in rows:
                 try:
-                    record = read_record(source.kind, source.columns, data)
-                    custom_id, _, body = asking.of_record(source, record, len(index) // 2)
-                    if not isinstance(body.get("seed") or 0, int):
-                        raise BadRow("its seed is no whole number; write a number")
-                    if not index or ODD_IN_JSON.search(data):
-                        check_encodes(custom_id, body)
-                    if "" not in splices and len(splices) < 2:
-                        splices.add(asking.splice(data, record, body))
+                    custom_id, splice = check_row(source, asking, count, data, fields)
                 except BadRow as bad:
                     skip_or_fail(asking, place_of_row(source, line, data), str(bad), skipped)
                 except RecursionError:
@@ -4129,9 +4141,14 @@ def scan_source(source, asking, skipped, hashes, tell):
                     skip_or_fail(asking, place_of_row(source, line, data), bad, skipped)
                 else:
                     index.extend((offset, len(data)))
-                    hashes.append(hash(custom_id) & (2**64 - 1))
-                if line % 20000 == 0:
-                    tell(scanner.at, found.st_size)
+                    hashes.append(hash(custom_id))
+                    splices.add(splice)
+                    count += 1
+                if scanner.at - told > STEP_BYTES:
+                    told = scanner.at
+                    spill(index, index_file)
+                    tell(told, found.st_size)
+            spill(index, index_file)
             tell(found.st_size, found.st_size)
     except OSError as error:
         raise UserError(source.path, f"cannot read the prompts: {os_reason(error)}", "make it readable: chmod u+r")
@@ -4140,11 +4157,35 @@ def scan_source(source, asking, skipped, hashes, tell):
     except csv.Error as error:
         raise UserError(f"{source.path}:{scanner.line}", f"not CSV: {error}", "mend the quotes of that row")
     splice = splices.pop() if len(splices) == 1 else ""
-    return source._replace(rows=len(index) // 2, splice=splice, size=found.st_size, mtime_ns=found.st_mtime_ns,
-                           digest=scanner.hash.hexdigest()), index
+    return source._replace(rows=count, splice=splice, size=found.st_size, mtime_ns=found.st_mtime_ns,
+                           digest=scanner.hash.hexdigest())
 
 
-ODD_IN_JSON = re.compile(rb"\\u|NaN|Infinity")  # only these can name what has no UTF-8, or is no JSON
+def spill(index, index_file):
+    """Move to the file what there is of an index: that of ten million rows takes 160 megabytes."""
+    try:
+        with open(index_file, "ab") as file:
+            index.tofile(file)
+    except OSError as error:
+        raise UserError(os.path.dirname(index_file), f"cannot write there: {os_reason(error)}",
+                        "free some space, or set TMPDIR to another folder")
+    del index[:]
+
+
+ODD_IN_JSON = re.compile(rb"\\u[dD][89a-fA-F]|NaN|Infinity")  # only these can name what has no UTF-8, or is no JSON
+
+
+def check_row(source, asking, number, data, fields):
+    """(custom_id, splice, or "" where it cannot be cut) of a row that can be asked; BadRow says what it lacks."""
+    cut = None if fields else cut_record(data)
+    record = cut or (table_record(source.columns, fields) if fields else read_record(source.kind, [], data))
+    custom_id, url, body = asking.of_record(source, record, number)
+    if not isinstance(body.get("seed") or 0, int):
+        raise BadRow("its seed is no whole number; write a number")
+    if not number or not fields and ODD_IN_JSON.search(data):
+        check_encodes(custom_id, body)
+    splice = asking.splice(url, body)
+    return custom_id, splice if cut else ""
 
 
 def check_encodes(custom_id, body):
@@ -4175,12 +4216,9 @@ def skip_or_fail(asking, where, bad, skipped):
 def check_unique(prompts, hashes):
     """Two rows of one custom_id could not be told apart in the results. Only equal hashes are looked at again:
     a set of a million names would take a hundred megabytes."""
-    ordered = sorted(hashes)
-    doubled = {one for one, two in zip(ordered, ordered[1:]) if one == two}
-    del ordered
+    doubled, seen = doubled_among(hashes), {}
     if not doubled:
         return
-    seen = {}
     for number in (number for number, found in enumerate(hashes) if found in doubled):
         source, row, _ = key = prompts.key(number)
         custom_id = prompts.asking.of_record(prompts.sources[source], prompts.record(key), row)[0]
@@ -4190,6 +4228,18 @@ def check_unique(prompts, hashes):
             raise UserError(where[1], f"custom_id {custom_id} stands already in {where[0]}",
                             "give each row its own, or set [prompts] id_column to a column that differs")
         seen[custom_id] = (source, row)
+
+
+def doubled_among(hashes):
+    """Those that stand there more than once. Equal ones are in the same part, and only one part at a time is made a
+    set: as one, ten million numbers would take most of a gigabyte."""
+    parts, doubled = [array.array("q") for _ in range(256)], set()
+    for one in hashes:
+        parts[one & 255].append(one)
+    for part in parts:
+        if len(set(part)) < len(part):
+            doubled.update(one for one, times in collections.Counter(part).items() if times > 1)
+    return doubled
 
 
 def result_names(config, names):

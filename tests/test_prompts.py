@@ -74,6 +74,43 @@ def test_defaults_are_added_however_a_row_is_laid_out(tmp_path, layout):
         assert json.loads(prompt.body) == {"model": "m", "max_tokens": 1024, "top_k": 4, **row["body"]}
 
 
+GOOD = '{"custom_id": "%s", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}]}}'
+ALMOST = {  # rows that a pattern could take for the usual layout
+    "a body after the body": GOOD[:-1] + ', "body": {"messages": [2], "seed": 5}}', "a body before the body": GOOD.replace('"body"', '"body": {"messages": [1]}, "body"'),
+    "an object after the body": GOOD[:-1] + ', "x": {}}', "a url after the body": GOOD[:-1] + ', "url": "/v1/completions", "body": {"prompt": "p"}}',
+    "a name after the body": GOOD[:-1] + ', "custom_id": "late", "note": {"body": {}}}', "a key of the body written otherwise": GOOD.replace('"messages"', '"mod\\u0065l": "own", "messages"'),
+    "white space of another kind at its end": GOOD + " \f", "a key twice in the body": GOOD.replace('"messages"', '"seed": 1, "seed": 2, "messages"')}
+NONE = {  # and that are no JSON
+    "two rows in one line": GOOD + " " + GOOD, "a tab in the name": GOOD.replace("%s", "%s\t"), "a brace too many": GOOD + "}",
+    "a brace too few": GOOD[:-1], "a comma at the end": GOOD[:-1] + ",}", "white space of another kind within": GOOD.replace('"body":', '"body":\f'),
+    "a name that is not UTF-8": GOOD.replace("%s", "%s\udce9"), "a text that is not UTF-8": GOOD.replace("hi", "\udce9")}
+
+
+@pytest.mark.parametrize("name", ALMOST)
+def test_a_row_that_only_looks_like_the_usual_layout_is_read_as_json_reads_it(tmp_path, name):
+    rows = [GOOD % "one", ALMOST[name] % "two", GOOD % "three"]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    for prompt, record in zip(all_prompts(tmp_path, config_for(tmp_path, "in.jsonl", params={"top_k": 4})), map(json.loads, map(str.strip, rows))):
+        assert (prompt.custom_id, prompt.url) == (record["custom_id"], record["url"])
+        assert json.loads(prompt.body) == {"model": "m", "max_tokens": 1024, "top_k": 4, **record["body"]}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_a_row_that_looks_like_the_usual_layout_and_is_no_json_is_refused(tmp_path, name):
+    (tmp_path / "in.jsonl").write_bytes("\n".join([GOOD % "one", NONE[name].replace("%s", "two"), GOOD % "three"]).encode(errors="surrogateescape"))
+    with pytest.raises(llmrun.UserError, match="in.jsonl:2: not (JSON|UTF-8)"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
+
+
+def test_what_no_row_could_take_is_refused_with_the_first_row_that_would(tmp_path):
+    """The first row has its own top_p; the others would be sent with one that is no number."""
+    own = GOOD.replace('"messages"', '"top_p": 1, "messages"')
+    (tmp_path / "in.jsonl").write_text("\n".join([own % "one", own % "two", GOOD % "three"]))
+    config = config_for(tmp_path, "in.jsonl", params={"top_p": float("nan")})
+    with pytest.raises(llmrun.UserError, match="in.jsonl:3: NaN and Infinity"):
+        llmrun.freeze(config, "m")
+
+
 def test_rows_with_a_template(tmp_path):
     write_jsonl(tmp_path / "in.jsonl", [{"word": "sea", "to": "de", "n": 3}, {"word": "{x}", "to": "fr", "n": [1]}])
     (tmp_path / "system.txt").write_text("You speak {to}.")
@@ -147,6 +184,61 @@ def test_a_bad_csv_row_is_named_by_file_and_line(tmp_path, text, where, what):
     with pytest.raises(llmrun.UserError) as caught:
         llmrun.freeze(config_for(tmp_path, "in.csv", template="{c}"), "m")
     assert where in str(caught.value) and what in str(caught.value)
+
+
+def test_a_name_that_stands_twice_among_many_is_named_with_both_places(tmp_path):
+    for file in "ab":
+        write_jsonl(tmp_path / f"{file}.jsonl", [batch_row(f"{file}{number}") for number in range(2000)] + [batch_row("same")] * (file == "a"))
+    with open(tmp_path / "b.jsonl", "a") as file:
+        file.write("\n" + GOOD % "same" + "\n" + GOOD % "b7" + "\n")
+    with pytest.raises(llmrun.UserError, match=r"b\.jsonl:2002: custom_id same stands already in .*a\.jsonl:2001") as caught:
+        llmrun.freeze(config_for(tmp_path, "*.jsonl"), "m")
+    assert "id_column" in caught.value.mend
+
+
+def test_names_with_one_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(llmrun, "hash", len, raising=False)
+    write_jsonl(tmp_path / "in.jsonl", [batch_row(f"r{number}") for number in range(100)])
+    assert len(llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")) == 100
+    write_jsonl(tmp_path / "in.jsonl", [batch_row(f"r{number % 99}") for number in range(100)])
+    with pytest.raises(llmrun.UserError, match="in.jsonl:100: custom_id r0 stands already in .*in.jsonl:1;"):
+        llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
+
+
+def test_numbers_that_stand_twice_are_found_wherever_they_stand():
+    least, most = -2**63, 2**63 - 1
+    numbers = [0, 256, 512, -256, least, most, *range(1000, 3000), 5, -1, 512, least, 5, most, 5, 2999]
+    assert llmrun.doubled_among(llmrun.array.array("q", numbers)) == {512, least, most, 5, 2999}
+    assert llmrun.doubled_among(llmrun.array.array("q", range(-3000, 3000))) == set()
+
+
+def test_a_long_input_is_told_of_and_put_away_as_it_is_read(tmp_path, monkeypatch):
+    """However many lines a row has."""
+    monkeypatch.setattr(llmrun, "STEP_BYTES", 100)
+    texts = [f"{number}\n{'x' * (number % 7)}\n\n" for number in range(200)]
+    (tmp_path / "in.csv").write_text("id,q\n" + "".join(f'r{number},"{text}"\n' for number, text in enumerate(texts)))
+    write_jsonl(tmp_path / "in.jsonl", [batch_row(f"j{number}") for number in range(200)])
+    config, told = config_for(tmp_path, "in.*", template="{q}", id_column="id"), []
+    frozen = llmrun.freeze(config, "m", lambda done, total: told.append((done, total)))
+    for name in ("in.csv", "in.jsonl"):
+        size = (tmp_path / name).stat().st_size
+        done = [done for done, total in told if total == size]
+        assert done == sorted(done) and done[-1] == size and len(done) > size / 300
+    run = llmrun.create_run(config, frozen, lambda run: "")
+    prompts = llmrun.Input.load(run, config, "m")
+    assert [prompts.prompt(number).custom_id for number in range(400)] == [f"{kind}{number}" for kind in "rj" for number in range(200)]
+    assert [json.loads(prompts.prompt(number).body)["messages"][0]["content"] for number in range(200)] == texts
+
+
+def test_no_room_to_put_away_where_rows_stand_is_not_blamed_on_the_prompts(tmp_path, monkeypatch):
+    class Full(llmrun.array.array):
+        def tofile(self, file):
+            raise OSError(28, "No space left on device")
+    write_jsonl(tmp_path / "in.jsonl", [batch_row("a")])
+    monkeypatch.setattr(llmrun.array, "array", Full)
+    with pytest.raises(llmrun.UserError, match="no space left on device; .*TMPDIR") as caught:
+        llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
+    assert "in.jsonl" not in str(caught.value)
 
 
 def test_rows_that_are_not_utf8_are_named(tmp_path):
