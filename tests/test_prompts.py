@@ -512,9 +512,11 @@ def test_a_row_that_cannot_be_asked_is_named_or_skipped(tmp_path, row, words):
     assert len(frozen) == 1 and "in.jsonl:2: " in frozen.skipped[0]
 
 
-def test_a_batch_row_with_a_number_that_is_none_is_refused(tmp_path):
-    good = json.dumps(batch_row("a"))
-    (tmp_path / "in.jsonl").write_text(good + "\n" + good.replace('"a"', '"b"').replace('"messages"', '"top_p": NaN, "messages"') + "\n")
+@pytest.mark.parametrize("layout", [(", ", ": "), (" , ", " : ")], ids=["cut", "read"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-1E+0400", "9" * 400 + ".0"], ids=lambda number: number[:8])
+def test_a_batch_row_with_a_number_that_is_none_is_refused(tmp_path, number, layout):
+    rows = [json.dumps(batch_row(name), separators=layout) for name in "ab"]
+    (tmp_path / "in.jsonl").write_text(rows[0] + "\n" + rows[1].replace('"messages"', f'"top_p": {number}, "messages"') + "\n")
     with pytest.raises(llmrun.UserError, match="in.jsonl:2: NaN"):
         llmrun.freeze(config_for(tmp_path, "in.jsonl"), "m")
 
