@@ -98,6 +98,7 @@ import tempfile
 import textwrap
 import time
 import traceback
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -768,6 +769,8 @@ def read_user_file(path, what):
         with open(path, "rb") as file:
             data = file.read()
     except OSError as error:
+        if error.errno in PASSING_TROUBLE:
+            raise
         mend = {errno.ENOENT: "check the path", errno.EISDIR: "name a file in it", errno.ELOOP: "name the real file",
                 errno.EACCES: "make it readable: chmod u+r"}.get(error.errno, "check the path")
         raise UserError(path, f"cannot read the {what}: {os_reason(error)}", mend)
@@ -1852,10 +1855,8 @@ class LifeState:
             self.detail = event["line"]
         elif name == "journal_trouble":
             self.detail = f"results cannot be written ({event['why']}): paused, {event['held']} held in memory"
-        elif name == "claims_trouble":
-            self.detail = f"prompts cannot be claimed ({event['why']}): waiting"
-        elif name in ("journal_well", "claims_well"):
-            self.detail = ""
+        elif name in ("trouble", "trouble_over", "journal_well"):
+            self.detail = event.get("why", "")
         elif name == "node_lost":
             self.lost.append(f"{event['node']}: {event['why']}")
 
@@ -3717,6 +3718,18 @@ class Source(NamedTuple):
     columns: List[str]
     splice: str  # what goes before each row's own body, where all rows are alike enough for that; else ""
 
+    def looks_like(self, found):
+        """By the size and time of a file it can be told quickly that it is the same."""
+        return (found.st_size, found.st_mtime_ns) == (self.size, self.mtime_ns)
+
+    def row_name(self, row):
+        """What a row is called that has no name of its own."""
+        return f"{os.path.basename(self.path).rpartition('.')[0] or 'row'}-{row + 1}"  # standard input has no ending
+
+
+CHANGED = "the {} was changed after the run was submitted"
+PUT_BACK = "put it back and `resume --failed`, or submit the new prompts as a new run"
+
 
 class BadRow(Exception):
     """A row that cannot be asked, and what to do about it."""
@@ -3749,8 +3762,8 @@ class Asking:
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
-        stem = os.path.basename(source.path).rpartition(".")[0] or "row"  # of standard input
-        custom_id = fill("{%s}" % self.config.id_column, record) if self.config.id_column else f"{stem}-{number + 1}"
+        column = self.config.id_column
+        custom_id = fill("{%s}" % column, record) if column else source.row_name(number)
         text = fill(self.template, record)
         if not custom_id.strip():
             raise BadRow(f"its {self.config.id_column} is empty; give each row a name of its own")
@@ -3804,8 +3817,7 @@ class Asking:
         path = os.path.join(source.path, record["path"])
         text = read_user_file(path, "prompt")
         if text_digest(text) != record["digest"]:
-            raise UserError(path, "the prompt was changed after the run was submitted",
-                            "put it back, or submit the new prompts as a new run")
+            raise UserError(path, CHANGED.format("prompt"), PUT_BACK)
         return text
 
 
@@ -3903,34 +3915,59 @@ class RowScanner:
 class Rows:
     """The rows of one source, each as its bytes. Neighbours are read together: they are asked together."""
 
-    AHEAD_BYTES = 2**16
+    AHEAD_BYTES, LENGTH = 2**16, 2**32 - 1
 
-    def __init__(self, row_file, index_file):
-        self.row_file, self.index_file = row_file, index_file
-        self.start, self.data = 0, b""
+    def __init__(self, source, index_file):
+        self.source, self.index_file = source, index_file
+        self.start, self.data, self.doubtful = 0, b"", False
+        self.lost = math.inf  # the first row that is not what it was
 
     @functools.cached_property
     def file(self):
-        return open(self.row_file, "rb")
+        return open(self.source.row_file, "rb")
 
     @functools.cached_property
     def index(self):
-        """Offset and length of each row, one row's after another's."""
+        """Of each row its offset, and its length with its checksum above it, one row's after another's."""
         with open(self.index_file, "rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("Q")
 
     def __getitem__(self, row):
-        offset, length = self.index[2 * row], self.index[2 * row + 1]
+        offset, length = self.index[2 * row], self.index[2 * row + 1] & self.LENGTH
         begin = offset - self.start
         if begin < 0 or begin + length > len(self.data):
-            self.data = os.pread(self.file.fileno(), max(length, self.AHEAD_BYTES), offset)
-            self.start, begin = offset, 0
+            self.read(offset, max(length, self.AHEAD_BYTES))
+            begin = 0
         return self.data[begin:begin + length]
+
+    def read(self, offset, length):
+        try:
+            data, found = os.pread(self.file.fileno(), length, offset), os.fstat(self.file.fileno())
+        except OSError:
+            self.__dict__.pop("file", None)  # a handle that a file server has forgotten stays so
+            raise
+        self.start, self.data, self.doubtful = offset, data, not self.source.looks_like(found)
+
+    def unchanged(self, row):
+        """The same, if neither it nor one before it that was looked at was changed since it was frozen."""
+        data = self[row]
+        if row >= self.lost or self.doubtful and zlib.crc32(data) != self.index[2 * row + 1] >> 32:
+            self.lost = min(self.lost, row)
+            raise UserError(self.source.path, CHANGED.format("file"), PUT_BACK)
+        return data
 
     def line(self, row):
         """The line on which a row stands; reads all before it."""
         self.file.seek(0)
         return self.file.read(self.index[2 * row]).count(b"\n") + 1
+
+
+class LostPrompt(Exception):
+    """It is not there any more as it was when it was frozen. `prompt` has its key and, as far as is known, its name."""
+
+    def __init__(self, prompt, error):
+        super().__init__(str(error))
+        self.prompt = prompt
 
 
 class Input:
@@ -3939,7 +3976,7 @@ class Input:
     def __init__(self, sources, folder, asking, samples):
         self.sources, self.asking, self.samples = sources, asking, samples
         self.starts = list(itertools.accumulate([0] + [source.rows * samples for source in sources]))
-        self.rows = [Rows(source.row_file, os.path.join(folder, f"{number}.index"))
+        self.rows = [Rows(source, os.path.join(folder, f"{number}.index"))
                      for number, source in enumerate(sources)]
         # what goes before each row's own body, where that alone makes its request
         self.splices = [asking.splice_now(source.splice).encode() if samples == 1 else b"" for source in sources]
@@ -3963,41 +4000,55 @@ class Input:
         return [self.record((source, row, 0))["path"] for row in range(self.sources[source].rows)]
 
     def prompt(self, number):
+        """What is asked; LostPrompt where that is not there any more, an OSError where it cannot be read just now."""
         key = self.key(number)
-        splice = self.splices[key[0]]
-        match = BATCH_ROW.fullmatch(self.rows[key[0]][key[1]]) if splice else None
-        if match:
-            custom_id, url, body = match.groups()
-            return Prompt(key, custom_id.decode(), url.decode(), splice + body[1:])
+        source, _, sample = key
         try:
-            record = self.record(key)
-            custom_id, url, body = self.asking.of_record(self.sources[key[0]], record, key[1])
-            body = self.asking.with_defaults(body, url)
-        except BadRow as bad:  # it was good when it was frozen
-            raise UserError(self.sources[key[0]].path,
-                            f"row {key[1] + 1} was changed after the run was submitted: {bad}",
-                            "put the file back, or submit the new prompts as a new run")
+            data = self.rows[source].unchanged(key[1])
+            splice = self.splices[source]
+            match = BATCH_ROW.fullmatch(data) if splice else None
+            if match:
+                custom_id, url, body = match.groups()
+                return Prompt(key, custom_id.decode(), url.decode(), splice + body[1:])
+            custom_id, url, body = self.request(key, data)
+        except (UserError, BadRow) as error:
+            raise LostPrompt(Prompt(key, self.name(key), CHAT, b""), error)
+        except OSError as error:
+            if error.errno in PASSING_TROUBLE:
+                raise
+            raise LostPrompt(Prompt(key, self.name(key), CHAT, b""), f"{error.filename}: {os_reason(error)}")
         if self.samples > 1:
-            body = {**body, "seed": int(body.get("seed") or 0) + key[2]}
-            custom_id = f"{custom_id}#{key[2] + 1}"
+            body = {**body, "seed": int(body.get("seed") or 0) + sample}
+            custom_id = f"{custom_id}#{sample + 1}"
         return Prompt(key, custom_id, url, json.dumps(body, ensure_ascii=False).encode())
 
+    def request(self, key, data):
+        """(custom_id, url, body) of a row."""
+        source = self.sources[key[0]]
+        record = read_record(source.kind, source.columns, data)
+        custom_id, url, body = self.asking.of_record(source, record, key[1])
+        return custom_id, url, self.asking.with_defaults(body, url)
+
+    def name(self, key):
+        """What a prompt is called whose row cannot be read."""
+        source, row, sample = key
+        name = self.record(key)["path"] if self.sources[source].kind == "folder" else self.sources[source].row_name(row)
+        return name if self.samples == 1 else f"{name}#{sample + 1}"
+
     @classmethod
-    def load(cls, run, config, model, check=True):
-        """What `freeze` kept; `check` looks whether the files are still the same."""
+    def load(cls, run, config, model):
+        """What `freeze` kept."""
         frozen = json.loads(run.input_file("input.json").read_text())
         sources = [Source(*source) for source in frozen["sources"]]
-        for source in sources if check else ():
-            check_unchanged(source)
         asking = Asking(config, model, frozen["system"], frozen["template"])
         return cls(sources, run.input_file(""), asking, config.prompts.samples)
 
 
 def check_unchanged(source):
-    """The size and time of a file tell quickly that it is the same; its digest decides when they differ."""
+    """The digest of a file decides when it is not seen at once that it is the same."""
     with open(source.row_file, "rb") as file:
         found = os.fstat(file.fileno())
-        if (found.st_size, found.st_mtime_ns) == (source.size, source.mtime_ns):
+        if source.looks_like(found):
             return
         digest = hashlib.sha256()
         while True:
@@ -4006,8 +4057,7 @@ def check_unchanged(source):
                 break
             digest.update(data)
     if digest.hexdigest() != source.digest:
-        raise UserError(source.path, "the file was changed after the run was submitted",
-                        "put it back, or submit the new one as a new run")
+        raise UserError(source.path, CHANGED.format("file"), PUT_BACK)
 
 
 class Frozen(NamedTuple):
@@ -4126,7 +4176,7 @@ STEP_BYTES = 2**22  # of the input: after so many it is told how far we are, and
 
 
 def scan_source(source, index_file, asking, skipped, hashes, tell):
-    """The source with its counts; (offset, length) of each of its good rows stands then in the index file."""
+    """The source with its counts; where each of its good rows lies stands then in the index file."""
     index, splices, count, told = array.array("Q"), set(), 0, 0
     try:
         with open(source.row_file, "rb") as file:
@@ -4146,7 +4196,7 @@ def scan_source(source, index_file, asking, skipped, hashes, tell):
                     bad = "nested too deeply; make it flatter"
                     skip_or_fail(asking, place_of_row(source, line, data), bad, skipped)
                 else:
-                    index.extend((offset, len(data)))
+                    index.extend((offset, zlib.crc32(data) << 32 | len(data)))
                     hashes.append(hash(custom_id))
                     splices.add(splice)
                     count += 1
@@ -4995,9 +5045,10 @@ class Desk:
 
     def look_again(self, delay_s):
         """Wake the pump after a while, once."""
-        loop = asyncio.get_running_loop()
-        if not self.alarm or self.alarm.when() <= loop.time():
-            self.alarm = loop.call_later(delay_s, self.turn.set)
+        def ring():
+            self.alarm = None
+            self.turn.set()
+        self.alarm = self.alarm or asyncio.get_running_loop().call_later(delay_s, ring)
 
     def take(self):
         came, self.came = self.came, []
@@ -5124,6 +5175,7 @@ class Pump:
     `next_number()` gives a prompt's number, LATER, or None for ever; `finish(results)` takes what came of some."""
 
     REST_S = 0.05  # where nothing can be asked just now
+    READ_AGAIN_S = 1.0  # what could not be read
     DEATH_NOTICE_S = 3.0  # a broken connection is known so much sooner than its engine's death
     DEATH_PAUSE_S = 2.0  # an engine that ended because its job does is no crash: that is known by then
 
@@ -5135,6 +5187,7 @@ class Pump:
         self.suspects = {}  # or alone: two engines died with it under way
         self.desks = {}  # replica → its desk, with trays of its own
         self.most_again = 0
+        self.unread, self.trouble, self.read_at = None, "", 0.0  # a number, why it could not be read, and when it is again
         self.exhausted = self.draining = False
         self.over = asyncio.Event()  # nothing is left to ask or to wait for, not even for an engine that starts
         self.first_sent = None
@@ -5228,7 +5281,7 @@ class Pump:
         if self.held():
             return desk.look_again(self.REST_S)
         alone = self.suspects and not any(desk.trays) and desk.room
-        taken = [next(iter(self.suspects.values()))] if alone else self.take(desk.room)
+        taken = [next(iter(self.suspects.values()))] if alone else self.take(desk)
         now = clock()
         limit = now + min(self.time_left(), desk.replica.engine.request_timeout)
         if taken and not self.first_sent:
@@ -5236,20 +5289,43 @@ class Pump:
         for hand in taken:
             desk.ask(hand, desk.alone if alone else desk.under_way, now, limit)
 
-    def take(self, room):
-        """Up to so many prompts to ask now, those first that are to be asked once more; new ones only while no more
-        than may be under way wait for that."""
-        again = list(itertools.islice(self.waiting.values(), room))
-        numbers, enough = [], len(self.waiting) - len(again) + len(self.resting) >= self.most_again
-        while len(again) + len(numbers) < room and not (self.exhausted or self.draining or enough):
-            number = self.next_number()
-            if number == LATER:
+    def take(self, desk):
+        """As many prompts as there is room for, those first that are to be asked once more; new ones only while no
+        more than may be under way wait for that."""
+        again = list(itertools.islice(self.waiting.values(), desk.room))
+        enough = len(self.waiting) - len(again) + len(self.resting) >= self.most_again
+        if enough or len(again) == desk.room or self.exhausted or self.draining:
+            return again
+        return again + self.take_new(desk, desk.room - len(again))
+
+    def take_new(self, desk, room):
+        """Up to so many from the input. What cannot be read just now is read later; what is not there any more as it
+        was has failed."""
+        hands, lost = [], []
+        while len(hands) + len(lost) < room and clock() >= self.read_at:
+            number, self.unread = self.next_number() if self.unread is None else self.unread, None
+            if number is None or number == LATER:
+                self.exhausted = number is None
                 break
-            if number is None:
-                self.exhausted = True
-            else:
-                numbers.append(number)
-        return again + [InHand(prompt) for prompt in map(self.read, numbers)]
+            try:
+                hands.append(InHand(self.read(number)))
+                self.trouble = ""
+            except LostPrompt as error:
+                lost.append(self.lose(desk, error))
+            except OSError as error:
+                self.unread, self.read_at, self.trouble = number, clock() + self.READ_AGAIN_S, os_reason(error)
+        if lost:
+            self.finish(lost)
+            desk.turn.set()
+        elif self.unread is not None:
+            desk.look_again(self.READ_AGAIN_S)
+        return hands
+
+    def lose(self, desk, lost):
+        """The result of a prompt that was never asked."""
+        hand = InHand(lost.prompt)
+        hand.began = clock()
+        return self.conclude(desk, hand, no_reply("lost", str(lost)))
 
     def settle_all(self, desk):
         results = []
@@ -5762,7 +5838,7 @@ class Prompts(Work):
     def begin(cls, driver, failed_again=False):
         run, life = driver.run, driver.life
         journal = patiently("cannot begin", lambda: Journal(run, life, driver.tell))
-        prompts = Input.load(run, driver.config, model_name(driver.config))
+        prompts = patiently("cannot begin", lambda: Input.load(run, driver.config, model_name(driver.config)))
         if failed_again:  # said once for the job, whatever its lives
             job = driver.allocation.submitted or life
             run.disk.put_new(run.again_file(job), json.dumps(Marks(run, prompts).places()).encode())
@@ -5814,14 +5890,20 @@ class Prompts(Work):
                 self.claims.watch_beats()
                 if not self.started:
                     self.claims.look()
-        if self.claims.trouble != self.told_trouble:
-            self.told_trouble = self.claims.trouble
-            self.tell("claims_trouble" if self.told_trouble else "claims_well", why=self.told_trouble)
+        self.tell_trouble()
         if self.pump:
             self.pump.wake_all()
         others_do = self.started and not any(self.pump.trays) and self.claims.left_to_others(self.claims.STILL_S / 2)
         if self.finished or not others_do:  # one whose beat is that old may be dead, and its prompts ours soon
             self.busy = clock()
+
+    def tell_trouble(self):
+        """What keeps all from going on, when it changes."""
+        trouble = (f"prompts cannot be claimed ({self.claims.trouble}): waiting" if self.claims.trouble else
+                   f"prompts cannot be read ({self.pump.trouble}): waiting" if self.pump and self.pump.trouble else "")
+        if trouble != self.told_trouble:
+            self.told_trouble = trouble
+            self.tell("trouble" if trouble else "trouble_over", why=trouble)
 
     @contextlib.asynccontextmanager
     async def reporting(self):
@@ -6368,7 +6450,6 @@ def join(args, run, failed_again=False, alone=True):
     """One more submit for a run: in its latest shape, or in a new one with other settings. `alone` is a single job."""
     shape = run.shapes()[-1]
     config = run.config(shape)
-    Input.load(run, config, model_name(config))  # the prompts are what they were
     options = ["--array=0"] * (alone and config.slurm.jobs > 1)
     if args.set or failed_again:
         config, _ = check_shape(other_shape(run, shape, args.set, failed_again))
@@ -6657,7 +6738,7 @@ def command_cancel(args):
 def command_results(args):
     run = find_run(args)
     config = run.config()
-    prompts = Input.load(run, config, model_name(config), check=False)  # answers outlive the files they are to
+    prompts = Input.load(run, config, model_name(config))
     marks = Marks(run, prompts)
     try:
         written = f"the files are in {write_results(run, config, marks)}"

@@ -38,6 +38,7 @@ WRONG_VALUES = [
     ("environment.modules", '"cuda"', "a list"), ("environment.vars", "[1]", "a table"), ("network.interface", "3", "quotes"),
     ("model.path", "7", "quotes"), ("model.vram_per_node", '"lots"', '"24GB"'), ("engine.slots", "true", "a whole number"),
     ("engine.name", '"llama"', "llama.cpp"), ("engine.load_timeout", '"soon"', '"10min"'),
+    ("engine.request_timeout", '"soon"', '"10min"'),
     ("engine.llama.rpc_port", "99999", "65535"), ("engine.llama.user_settings", '"yes"', "true or false"),
     ("prompts.max_tokens", '"many"', "a whole number"), ("prompts.params", '"x"', "a table"), ("results.folder", "1", "quotes"),
     ("name", '"a/b"', "letters"), ("name", '"a b"', "letters"), ("name", '"a\\"b"', "letters"), ("name", '"a\\nb"', "letters"),
@@ -224,14 +225,15 @@ def test_a_venv_without_python_is_named_by_the_job(site):
     assert "novenv/bin/python does not run as Python 3.9 or newer" in said
 
 
-def test_changed_prompts_are_refused_by_the_driver(site):
+def test_a_prompt_that_was_changed_before_its_turn_fails_alone(site):
     site.config(slurm={"extra": {"begin": "now+2"}})
     waiting = site.start("submit", "config.json", "--wait")
     wait_for("the run", site.runs)
     (site.folder / "prompts" / "part0" / "000.txt").write_text("Something else\n")
     output, _ = waiting.communicate(timeout=60)
-    assert waiting.returncode == 2, output
-    assert "the prompt was changed" in output
+    assert waiting.returncode == 1 and "5 prompts are answered, 1 failed" in output, output
+    failed = json.loads((site.run / "results" / "errors.jsonl").read_text())
+    assert "the prompt was changed" in failed["error"]["message"] and failed["custom_id"].endswith("000.txt")
 
 
 @pytest.mark.parametrize("version", [v for v in ("3.6", "3.7", "3.8") if python_of(v)])

@@ -261,10 +261,10 @@ def test_a_changed_input_is_refused_and_a_touched_one_is_not(tmp_path):
     config = config_for(tmp_path, "in.jsonl")
     run, _ = frozen_input(tmp_path, config)
     path.touch()
-    assert len(llmrun.Input.load(run, config, "m")) == 1
+    assert llmrun.Input.load(run, config, "m").prompt(0).custom_id == "a"
     path.write_text(path.read_text().replace("Hi", "Ho"))
-    with pytest.raises(llmrun.UserError, match="changed after the run was submitted"):
-        llmrun.Input.load(run, config, "m")
+    with pytest.raises(llmrun.LostPrompt, match="changed after the run was submitted"):
+        llmrun.Input.load(run, config, "m").prompt(0)
 
 
 def result(prompts, number, status=200, text="an answer", **more):
@@ -465,7 +465,7 @@ def test_a_table_that_was_changed_since_is_not_given_others_answers(tmp_path, ch
     folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
     table = (folder / "in.csv").read_text()
     change(tmp_path / "in.csv")
-    again = llmrun.Input.load(run, config, "m", check=False)
+    again = llmrun.Input.load(run, config, "m")
     llmrun.write_results(run, config, llmrun.Marks(run, again))
     assert (folder / "in.csv").read_text() == table and len((folder / "results.jsonl").read_text().splitlines()) == 2
 
