@@ -19,6 +19,7 @@ only what stands above it in this list (but for Assets, which all may use):
      8 · Environment  what a process is; the batch script
      9 · Wire         HTTP, client and server
     11 · Nodes        the agent on each node, and the driver's view of it
+    12 · Programs     a program on several nodes as one thing: ports, start, watch, end
     13 · Engines      what each engine needs, and what its failures mean
     15 · Input        sources of prompts, frozen, read a row at a time
     16 · Journal      results on disk, and the files that users read
@@ -1100,9 +1101,9 @@ class Plan(NamedTuple):
     kv_bytes: int
 
 
-def plan_nodes(config):
-    """Read the model and find how many nodes it takes."""
-    if config.engine.name != "llama.cpp":
+def plan_nodes(config, sized):
+    """How many nodes the engine takes, by the header of its model where it is `sized` by that."""
+    if not sized:
         if config.slurm.nodes == "auto":
             raise config.error("slurm.nodes", "this engine has no model to size", "write a number")
         return Plan(config.slurm.nodes, None, 0)
@@ -2042,9 +2043,9 @@ START = "import sys; sys.path.insert(0, sys.argv.pop(1)); import llmrun; sys.exi
 class Process:
     """A program to run on a node."""
 
-    name: str
+    name: str  # before Programs has given it one that no other of the life has, and a log: as users call it
     argv: List[str]
-    log: str
+    log: str = ""
     env: Dict[str, str] = dataclasses.field(default_factory=dict)
     node_env: Dict[str, str] = dataclasses.field(default_factory=dict)  # $VARS in it mean the node's
     without: Tuple[str, ...] = ()  # prefixes of variables it must not see
@@ -2671,7 +2672,7 @@ class Agent:
 
     def __init__(self, name):
         self.name = name
-        self.processes = {}  # name → the Popen and the Process
+        self.processes = {}  # name → its Popen, a future of its return code, the Process, and where its log began
         self.exits = {}  # pid → a future of its return code
         self.probes = {}  # nonce → a listening server
         self.last_heard = clock()
@@ -2808,7 +2809,7 @@ class Agent:
         with open(process.log, "ab") as output:
             since = output.tell()  # an earlier start's words are not this one's
             started, done = self.launch(process.argv, env, output)
-        self.processes[process.name] = (started, done, process)
+        self.processes[process.name] = (started, done, process, since)
         asyncio.ensure_future(self.watch(started, done, process, since))
         return {"pid": started.pid}
 
@@ -2834,7 +2835,7 @@ class Agent:
         """TERM, once more for those that wait for their clients, then KILL."""
         if name not in self.processes:
             return None
-        started, done, process = self.processes[name]
+        started, done, process, _ = self.processes[name]
         for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             kill_group(started.pid, sent)
             with contextlib.suppress(asyncio.TimeoutError):
@@ -2857,6 +2858,15 @@ class Agent:
 
     async def order_reach(self, addresses, port, nonce, timeout_s):
         return await first_reachable(addresses, port, nonce, timeout_s)
+
+    async def order_said(self, name, pattern):
+        """Whether a process has written a line with this pattern to its log since it was started."""
+        if name not in self.processes:
+            return False
+        _, _, process, since = self.processes[name]
+        with open(process.log, "rb") as lines:
+            lines.seek(since)
+            return bool(re.search(pattern, lines.read(2**22).decode("utf-8", "replace"), re.MULTILINE))
 
     async def order_connect(self, host, port):
         """Whether something listens there."""
@@ -2895,7 +2905,7 @@ class Agent:
         asyncio.get_running_loop().call_soon(self.end)  # after the answer
 
     def kill_all(self):
-        for started, _, _ in self.processes.values():
+        for started, *_ in self.processes.values():
             kill_group(started.pid, signal.SIGKILL)
 
 
@@ -3098,25 +3108,38 @@ async def agents(names, command, env, log_of, tell, join_timeout_s=120.0, enough
         await asyncio.gather(*(node.close() for node in opened))
 
 
-async def open_way(target, prober, ports, interface, what):
-    """A port on `target` that `prober` reaches: its host address and the port, free for what starts there.
+@contextlib.asynccontextmanager
+async def open_way(target, probers, ports, interface, what):
+    """A port on `target` that all `probers` reach: its host address and the port. It is held, so that nothing else is
+    given it, and free in the end for what starts there.
 
     Nodes that share one network stack meet on loopback, where nobody else comes by."""
     nonce = secrets.token_hex(8)
     probe = await target.ask("probe", ports=ports, nonce=nonce, interface=interface)
     try:
-        addresses = probe["addresses"]
-        if target.facts.result()["machine"] == prober.facts.result()["machine"] and not interface:
+        addresses, port = probe["addresses"], probe["port"]
+        machine = target.facts.result()["machine"]
+        if all(prober.facts.result()["machine"] == machine for prober in probers) and not interface:
             addresses = ["127.0.0.1"]
-        found = await prober.ask("reach", addresses=addresses, port=probe["port"], nonce=nonce, timeout_s=5)
+        yield await common_address(target, probers, addresses, port, nonce, what), port
     finally:
         await target.ask("release", nonce=nonce)
-    if not found:
-        raise ClusterError("", f"{prober.name} cannot reach {what} on {target.name}, port {probe['port']} "
-                           f"({', '.join(addresses) or f'no address on interface {interface}'})",
-                           "is a firewall between the nodes? Set [network] ports to a range that is open, "
-                           "or [network] interface")
-    return found, probe["port"]
+
+
+async def common_address(target, probers, addresses, port, nonce, what):
+    """That by which all of them reach a node: what each finds first or, where they differ, one of these."""
+    async def reach(some):
+        return await first_failure(*[prober.ask("reach", addresses=some, port=port, nonce=nonce, timeout_s=5)
+                                     for prober in probers])
+    found = await reach(addresses) if probers else addresses[:1]
+    for address in filter(None, dict.fromkeys(found)):
+        if len(set(found)) == 1 or all(await reach([address])):
+            return address
+    cut_off = [prober for prober, address in zip(probers, found) if not address] or probers or [target]
+    raise ClusterError("", f"{cut_off[0].name} cannot reach {what} on {target.name}, port {port} "
+                       f"({', '.join(addresses) or 'it has no address on the interface'})",
+                       "is a firewall between the nodes? Set [network] ports to a range that is open, "
+                       "or [network] interface")
 
 
 def agent_command(python, run_folder, node, slurm_job="", gpus="", overlap=False):
@@ -3130,26 +3153,95 @@ def agent_command(python, run_folder, node, slurm_job="", gpus="", overlap=False
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
-# 13 · Engines
+# 12 · Programs
 #
-# Owns what each engine needs: what to start where, when it is ready, what its failures mean. What
-# differs between engines stands side by side in small classes; a Replica starts, watches and stops
-# one group. Knows nothing of Slurm, containers or prompts.
+# Owns a program on a group of nodes as one thing, be it an engine or a service: the ways to its ports, the order of
+# its start, when it is ready, its watch, its recovery and its end. Knows no program by name, nor what it is for.
 # ═══════════════════════════════════════════════════════════════════════════════
+
+DRIVER, HEAD, GROUP = "driver", "head", "group"  # of its group: who must reach a port
+
+
+class Port(NamedTuple):
+    """A port that a program opens on a node."""
+
+    reached_by: str
+    what: str  # that listens there, in words
+    wanted: str = ""  # a number or a range; "" is any
+    wish: bool = False  # another one will do: nobody outside needs to know it
+
+
+class Way(NamedTuple):
+    """Where a port is reached by those who must reach it."""
+
+    address: str
+    port: int
+
+    def __str__(self):
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
 class Placed(NamedTuple):
-    """A node of a group, with the address and port on which what starts there is reached."""
+    """A node of a group, with what was found there and the ways to the program's ports on it."""
 
+    rank: int  # 0 is the head
     node: Node
-    facts: Dict[str, Any]  # what the engine's probe found there
-    address: str
-    port: int
-    devices: Tuple[int, ...]  # free MiB of each GPU, where the engine asked for it
+    facts: Dict[str, Any]  # what the program's probe found
+    ways: Dict[str, Way]
+    devices: Tuple[int, ...]  # free MiB of each GPU, where the program asked for it
 
 
-class EngineFailed(ClusterError):
-    """An engine did not start, ended while it was needed, or is of no use though it lives."""
+class Part(NamedTuple):
+    """One process of a program: what it opens, and when it is ready, so that what stands after it may start."""
+
+    placed: Placed
+    process: Process
+    opens: Tuple[str, ...] = ()  # names of ports, which are proven to be its own once it is ready
+    ready: Optional[Callable] = None  # one of those below, or an async function of (group, part); None: at once
+    patience_s: float = 60.0
+    mend: str = ""  # where that was too short
+
+
+class Listens(NamedTuple):
+    """Ready when it takes connections."""
+
+    port: str
+
+    async def __call__(self, group, part):
+        way = part.placed.ways[self.port]
+        return await part.placed.node.ask("connect", host=way.address, port=way.port)
+
+
+class Answers(NamedTuple):
+    """Ready when it answers the driver, who does not know yet who it is and so gives no key."""
+
+    port: str
+    path: str = "/health"
+    status: int = 200
+
+    async def __call__(self, group, part):
+        return (await look(group.stranger(part.placed.ways[self.port]), self.path)).status == self.status
+
+
+class Says(NamedTuple):
+    """Ready when its log has a line with this pattern."""
+
+    pattern: str
+
+    async def __call__(self, group, part):
+        return await part.placed.node.ask("said", name=part.process.name, pattern=self.pattern)
+
+
+async def look(client, path):
+    """What a server answers; nothing, with status 0, if it does not."""
+    try:
+        return await client.request("GET", path, timeout_s=30)
+    except WireError:
+        return Message(NO_HEAD, b"")
+
+
+class ProgramFailed(ClusterError):
+    """A program did not start, or ended while it was needed."""
 
     killed = False  # by somebody else: that may not come again
 
@@ -3159,26 +3251,17 @@ class EngineFailed(ClusterError):
         return "by another program" in self.what
 
 
-class EngineSick(EngineFailed):
-    """An engine lives and answers nothing: no prompt is to blame."""
-
-
-def model_name(config):
-    return config.model.name or Path(config.model.path).name or config.engine.name
-
-
-class Engine:
-    """What all engines have in common."""
+class Program:
+    """What all programs have in common: what they need on the nodes of a group, and what they do there."""
 
     name = ""
-    figures = ""  # the lines of /metrics that move only while it works
+    kind = "program"  # as events call it
+    failures = ()  # its own, as in COMMON_FAILURES, and before them
+    named_by = ""  # the key of the config that names its binary
+    free_ports = "choose other ports"  # how the user comes by some
 
     def __init__(self, config, run, life, group_size):
         self.config, self.run, self.life, self.group_size = config, run, life, group_size
-        self.slots = config.engine.slots
-        # A few prompts wait at the engine, so that no slot is ever empty.
-        self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
-        self.request_timeout = config.engine.request_timeout or math.inf
 
     @classmethod
     def check(cls, config):
@@ -3188,31 +3271,336 @@ class Engine:
         """What `probe` will most likely find, for a look at the command lines before there are nodes."""
         return {}
 
-    def log_of(self, node, process):
-        return str(self.run.logs_of(self.life) / f"{node.name}-{process}.log")
+    def ports(self, rank):
+        """{name: Port} of what it opens on a node."""
+        return {}
 
-    def ports(self, head):
-        """The port or range of the head (else of the others), "" for any."""
-        return self.config.network.ports
-
-    def is_wish(self, head):
-        """Whether another port will do, since nobody outside needs to know it."""
-        return False
-
-    async def probe(self, node, is_head):
-        """What is installed on a node; raises EngineFailed where something is missing."""
+    async def probe(self, node, rank):
+        """What is installed on a node; raises ProgramFailed where something is missing."""
         return {}
 
     def wants_devices(self, head_facts):
+        """Whether it must know the free memory of the GPUs."""
         return False
 
-    async def more_room(self, node):
-        """The mend for a model that did not fit."""
-        return MORE_ROOM
-
-    def processes(self, group):
-        """The (placed, process) pairs of a group in the order in which they start; the head is the last."""
+    def steps(self, group):
+        """Its parts on these Placed nodes, as a list of steps: what stands in one step starts together."""
         raise NotImplementedError
+
+    async def better(self, error, node):
+        """An error of it on a node, with a better mend where one is known."""
+        return error
+
+
+class Running(NamedTuple):
+    """A process that was started."""
+
+    what: str  # it is to the user, on whatever node
+    node: Node
+    process: Process
+    ended: Any  # a future of its Exit
+
+    @property
+    def title(self):
+        return f"{self.what} on {self.node.name}"
+
+
+class Group:
+    """A program on its nodes: its start, its watch, its end. It starts, fails and is restarted as one."""
+
+    STARTS = 3  # a port that was free may be taken before the program has it
+    RESTARTS, WITHIN_S = 3, 600.0  # a program that dies more often has a reason that stays
+
+    def __init__(self, number, program, nodes, tell):
+        self.number, self.program, self.nodes, self.tell = number, program, nodes, tell
+        self.placed, self.running = [], []  # the second in the order of their start
+        self.names = {}  # address:port → the node behind it
+        self.strangers = {}  # way → a client without a key
+        self.deaths = []  # when it died, of late
+
+    async def start(self):
+        """Bring it up to its first ready moment."""
+        for attempt in range(self.STARTS):
+            try:
+                await self.start_once()
+                break
+            except ProgramFailed as error:
+                if not error.port_taken or self.has_fixed_port or attempt == self.STARTS - 1:
+                    raise
+                self.tell("port_replaced", why=str(error))
+                await self.stop()
+
+    @property
+    def has_fixed_port(self):
+        ports = [port for rank in range(len(self.nodes)) for port in self.program.ports(rank).values()]
+        return any(port.wanted.isdigit() and not port.wish for port in ports)
+
+    async def start_once(self):
+        self.placed = await self.place()
+        self.names = {str(way): placed.node.name for placed in self.placed for way in placed.ways.values()}
+        for step in self.program.steps(self.placed):
+            await first_failure(*map(self.start_part, step))
+        self.forget_strangers()
+
+    async def recover(self, error, restarts=RESTARTS, worked=False):
+        """Start it again after it died, or raise the error if it dies again and again. One that was of no use since
+        its last death has not made good for it, however long it took to start or was waited for."""
+        if worked:
+            self.deaths = [death for death in self.deaths if clock() - death < self.WITHIN_S]
+        while True:
+            self.deaths.append(clock())
+            self.tell(f"{self.program.kind}_died", replica=self.number, why=str(error), times=len(self.deaths))
+            if len(self.deaths) > restarts:
+                raise error
+            await self.stop()
+            await asyncio.sleep(4 ** (len(self.deaths) - 1) - 1)
+            try:
+                return await self.start()
+            except ProgramFailed as failed:
+                error = failed
+
+    def forgive(self):
+        """Its last deaths were not its own doing, and will not come again."""
+        self.deaths.clear()
+
+    async def place(self):
+        """Ask the nodes what is installed, and find the ways by which its ports are reached, all of them held until
+        the last is found."""
+        program, count = self.program, len(self.nodes)
+        wanted = [(rank, name, port) for rank in range(count) for name, port in program.ports(rank).items()]
+        async with contextlib.AsyncExitStack() as held:
+            answers = await first_failure(*[program.probe(node, rank) for rank, node in enumerate(self.nodes)],
+                                          *[self.find_way(held, rank, port) for rank, _, port in wanted])
+        facts, devices, ways = answers[:count], [()] * count, [{} for _ in self.nodes]
+        for (rank, name, _), way in zip(wanted, answers[count:]):
+            ways[rank][name] = way
+        if program.wants_devices(facts[0]):
+            devices = await first_failure(*[node.ask("gpus") for node in self.nodes])
+        return [Placed(rank, self.nodes[rank], facts[rank], ways[rank], tuple(devices[rank])) for rank in range(count)]
+
+    async def find_way(self, held, rank, port):
+        """The way to a port; where the wanted one is taken and but a wish, to another."""
+        node, network = self.nodes[rank], self.program.config.network
+        probers = {DRIVER: [Here()], HEAD: self.nodes[:1], GROUP: self.nodes}[port.reached_by]
+
+        async def find(ports):
+            others = [prober for prober in probers if prober is not node]
+            return Way(*await held.enter_async_context(open_way(node, others, ports, network.interface, port.what)))
+        try:
+            try:
+                return await find(port.wanted or network.ports)
+            except NodeRefusal as refused:
+                if not port.wish:
+                    raise
+                self.tell("port_replaced", node=node.name, port=port.wanted,
+                          why=f"{refused.what}: another one is taken")
+                return await find(network.ports)
+        except NodeRefusal as refused:
+            raise ProgramFailed(node.name, refused.what, self.program.free_ports + ", or widen [network] ports")
+
+    async def start_part(self, part):
+        """Start a process, wait until it is ready, and go on only if what answers on its ports is this process."""
+        node, what = part.placed.node, part.process.name
+        part = part._replace(process=self.named(part))
+        try:
+            one = Running(what, node, part.process, await node.start(part.process))
+        except NodeRefusal as refused:
+            raise ProgramFailed(node.name, f"{part.process.argv[0]} cannot be started: {refused.what}",
+                                exec_mend(self.program, refused.errno))
+        self.running.append(one)
+        self.on_start(one, part)
+        if part.ready:
+            await self.unless_failed(wait_until(f"{one.title} to be ready", lambda: part.ready(self, part),
+                                                part.patience_s, f"{part.mend}see {part.process.log}"))
+        for way in map(part.placed.ways.get, part.opens):
+            if not await node.ask("owns", name=part.process.name, address=way.address, port=way.port):
+                raise ProgramFailed(node.name, f"port {way.port} was taken by another program before {what} had it",
+                                    self.program.free_ports)
+
+    def named(self, part):
+        """The process under a name that no other of this life has, with the log of that name."""
+        name, node, rank = part.process.name, part.placed.node.name, part.placed.rank
+        name = f"{name}-{self.number}.{rank}" if rank or self.number else name
+        log = self.program.run.logs_of(self.program.life) / f"{node}-{name}.log"
+        return dataclasses.replace(part.process, name=name, log=str(log))
+
+    def on_start(self, one, part):
+        """A process of it runs."""
+
+    def stranger(self, way):
+        if way not in self.strangers:
+            self.strangers[way] = Client(way.address, way.port)
+        return self.strangers[way]
+
+    def forget_strangers(self):
+        while self.strangers:
+            self.strangers.popitem()[1].close()
+
+    async def failure(self):
+        """Waits for the end of any of its processes, and says what it means."""
+        running = list(self.running)
+        ends = [one.ended for one in running]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, timeout=0.3)  # a server may be told of before the worker of whose death it died
+        # Those that started first come first: the others end because of them; but what is cut off by another's death
+        # is no cause.
+        over = [(one, one.ended.result()) for one in running if one.ended.done()]
+        one, ended = min(over, key=lambda pair: pair[1].code == -signal.SIGPIPE)
+        if ended.code is None:
+            return NodeLost(ended.node, f"the node was lost, and {one.what} with it",
+                            "it failed, or was taken away")
+        tail = [self.with_names(line) for line in ended.tail]
+        error = await self.program.better(explain_failure(one.title, tail, ended.how, self.program), one.node)
+        error.killed = ended.code == -signal.SIGKILL
+        return error
+
+    def with_names(self, line):
+        """A line of a log with the nodes' names before their addresses."""
+        for address, name in self.names.items():
+            line = re.sub(re.escape(address) + r"\b", f"{name} {address}", line)
+        return line
+
+    async def unless_failed(self, work):
+        """The outcome of some work, or the error of a process that ended meanwhile."""
+        work, failure = asyncio.ensure_future(work), asyncio.ensure_future(self.failure())
+        try:
+            await asyncio.wait([work, failure], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise failure.result()
+            return work.result()
+        finally:
+            work.cancel()
+            failure.cancel()
+            await asyncio.gather(work, failure, return_exceptions=True)
+
+    async def stop(self):
+        """Stop its processes, the last started first: clients leave before their server is told to."""
+        self.forget_strangers()
+        while self.running:
+            one = self.running.pop()
+            if not one.ended.done():
+                await self.stop_process(one)
+
+    async def stop_process(self, one):
+        """Stop it; a node on which that cannot be done is lost to us."""
+        try:
+            await within(one.process.grace_s + 2 * KILLED_S, one.node.ask("stop", name=one.process.name))
+            await one.ended
+        except NodeRefusal as refused:
+            one.node.lose(refused.what)
+        except asyncio.TimeoutError:
+            one.node.lose(f"{one.process.name} was told to stop, and nothing came of it")
+        except ClusterError:  # it is lost already
+            pass
+
+
+class Here:
+    """The driver itself, where it must reach a node: it answers as a Node would."""
+
+    name = "the driver"
+
+    def __init__(self):
+        self.facts = asyncio.get_running_loop().create_future()
+        self.facts.set_result({"machine": machine_identity()})
+
+    async def ask(self, order, addresses, port, nonce, timeout_s):
+        return await first_reachable(addresses, port, nonce, timeout_s)
+
+
+COMMON_FAILURES = (  # in one of a log's last lines or in how the process ended; what it means; what to do
+    (r"[Aa]ddress already in use", "its port is in use by another program", "{program.free_ports}"),
+    (r"bad_alloc|[Cc]annot allocate memory", "the node ran out of memory", "raise [slurm] mem"),
+    (r"error while loading shared libraries: (\S+)|symbol lookup error|version `\S+' not found",
+     "a shared library is missing on the node, or too old", "load the module that brings it: [environment] modules"),
+    (r"[Ee]xec format error", "it was built for another CPU", "{program.named_by} must name a build for these nodes"),
+    (r"killed by SIGILL", "it uses instructions that the node's CPU does not have",
+     "use a build for these nodes, or choose nodes by [slurm] constraint"),
+    (r"killed by SIGKILL", "the kernel killed it, most likely for memory", "raise [slurm] mem"),
+    (r"killed by SIGBUS", "a file that it reads was cut short, or its disk failed", "copy its files again"),
+    (r"killed by SIGSEGV", "it crashed", "`logs` shows its last words"))
+
+
+def explain_failure(who, tail, how, program):
+    """The error for a program that ended: what its last lines or its end mean, and the most telling of them."""
+    for pattern, what, mend in (*program.failures, *COMMON_FAILURES):
+        line = next((line for line in [*tail, how] if re.search(pattern, line)), None)
+        if line is not None:
+            line = re.sub(r"^[\d.]+ [A-Z] ", "", line)  # the time and the level that new builds write
+            return ProgramFailed("", f"{who}: {what} ({one_line(line)[:200]})", mend.format(program=program))
+    telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail[-1:]
+    return ProgramFailed("", f"{who} ({how}): {one_line(telling[0])[:300] if telling else 'it said nothing'}",
+                         "`logs` shows the rest")
+
+
+def exec_mend(program, number):
+    """What helps where a program's binary cannot be started."""
+    return {errno.ENOEXEC: f"it was built for another CPU: {program.named_by} must name a build for these nodes",
+            errno.EACCES: "make it executable: chmod +x"}.get(number, f"check {program.named_by}")
+
+
+class ForeseenNode(NamedTuple):
+    """Stands for a node that is not there yet."""
+
+    name: str
+
+    @property
+    def facts(self):
+        return self
+
+    def result(self):
+        return {"cpus": "CPUS"}
+
+
+def preview(program):
+    """A program's command lines as they will be, with words for what only the nodes know."""
+    group = [Placed(rank, ForeseenNode(f"NODE{rank + 1}"), program.foreseen(),
+                    {name: Way(f"ADDRESS{rank + 1}", "PORT") for name in program.ports(rank)}, ())
+             for rank in range(program.group_size)]
+    return [f"{part.placed.node.name}: {' '.join(map(quote, part.process.argv))}"
+            for step in program.steps(group) for part in step]
+
+
+# ═══════════════════════════════════════════════════════════════════════════════
+# 13 · Engines
+#
+# Owns what each engine needs: what to start where, when it is ready, what its failures mean. What
+# differs between engines stands side by side in small classes. Knows nothing of Slurm, containers or prompts.
+# ═══════════════════════════════════════════════════════════════════════════════
+
+
+class EngineSick(ProgramFailed):
+    """An engine lives and answers nothing: no prompt is to blame."""
+
+
+def model_name(config):
+    return config.model.name or Path(config.model.path).name or config.engine.name
+
+
+class Engine(Program):
+    """What all engines have in common: they answer prompts at an endpoint of their head."""
+
+    kind = "engine"
+    named_by = "[engine] path"
+    endpoint = "http"  # the name of that port
+    health = "/health"  # a path that says there that it is well
+    figures = ""  # how the lines of /metrics begin that move only while it works
+    sized = False  # it runs model.path, whose header tells how many nodes it takes
+
+    def __init__(self, config, run, life, group_size):
+        super().__init__(config, run, life, group_size)
+        self.slots = config.engine.slots
+        # A few prompts wait at the engine, so that no slot is ever empty.
+        self.in_flight = config.engine.concurrency or self.slots + self.slots // 8 + 2
+        self.request_timeout = config.engine.request_timeout or math.inf
+
+    def endpoint_port(self):
+        fixed = self.config.engine.port
+        return Port(DRIVER, "the engine", str(fixed or ""), self.config.engine.port_is_wish)
+
+    def serving(self, head, process):
+        """The part that answers prompts."""
+        return Part(head, process, (self.endpoint,), Answers(self.endpoint, self.health),
+                    self.config.engine.load_timeout, "raise [engine] load_timeout, or ")
 
 
 class Echo(Engine):
@@ -3220,11 +3608,14 @@ class Echo(Engine):
 
     name = "echo"
 
-    def processes(self, group):
+    def ports(self, rank):
+        return {} if rank else {"http": self.endpoint_port()}
+
+    def steps(self, group):
         head = group[0]
-        argv = [sys.executable, "-S", "-I", *frozen_command(self.run.folder, "echo", head.address, head.port,
+        argv = [sys.executable, "-S", "-I", *frozen_command(self.run.folder, "echo", *head.ways["http"],
                                                             self.run.key_file)] + self.config.engine.args
-        return [(head, Process("engine", argv, self.log_of(head.node, "engine")))]
+        return [[self.serving(head, Process("engine", argv))]]
 
 
 async def echo_server(host, port, key_file, delay_s=0.0):
@@ -3256,9 +3647,15 @@ class LlamaCpp(Engine):
 
     name = "llama.cpp"
     figures = "llamacpp:"
+    sized = True
+    free_ports = "set [engine] port and [engine.llama] rpc_port to 0 to take free ones"
     worker_names = ("ggml-rpc-server", "rpc-server")  # renamed in June 2026
     own_settings = ("LLAMA_ARG_", "LLAMA_API_KEY", "AIP_")
     progress = r"load_tensors|n_ctx_slot|KV buffer|using device|RPC|listening|[Ee]rror|failed|warming up"
+
+    @property
+    def failures(self):
+        return LLAMA_FAILURES
 
     def __init__(self, config, run, life, group_size):
         super().__init__(config, run, life, group_size)
@@ -3283,25 +3680,24 @@ class LlamaCpp(Engine):
         return {"server": self.named(self.config) or "llama-server",
                 "worker": self.worker_names[0], "flags": ["--fit", "--alias"]}
 
-    def ports(self, head):
-        fixed = self.config.engine.port if head else self.llama.rpc_port
-        return str(fixed) if fixed else self.config.network.ports
+    def ports(self, rank):
+        rpc_port = self.llama.rpc_port
+        if rank:
+            return {"rpc": Port(HEAD, "the RPC worker", str(rpc_port or ""), wish=bool(rpc_port))}
+        return {self.endpoint: self.endpoint_port()}
 
-    def is_wish(self, head):
-        return bool(self.config.engine.port_is_wish if head else self.llama.rpc_port)
-
-    async def probe(self, node, is_head):
+    async def probe(self, node, rank):
         folder = self.config.engine.path
         candidates = [folder, os.path.join(folder, "llama-server")] if folder else ["llama-server"]
         server = await node.ask("find", names=candidates)
         if not server:
-            raise EngineFailed(node.name, f"llama-server not found {f'in {folder}' if folder else 'on the PATH'}",
+            raise ProgramFailed(node.name, f"llama-server not found {f'in {folder}' if folder else 'on the PATH'}",
                                "set [engine] path to it, or load its module in [environment] modules")
-        if not is_head:
+        if rank:
             beside = os.path.dirname(os.path.realpath(server))
             worker = await node.ask("find", names=[os.path.join(beside, name) for name in self.worker_names])
             if not worker:
-                raise EngineFailed(node.name, f"no RPC worker (ggml-rpc-server or rpc-server) in {beside}",
+                raise ProgramFailed(node.name, f"no RPC worker (ggml-rpc-server or rpc-server) in {beside}",
                                    "build llama.cpp with -DGGML_RPC=ON, or use one node")
             return {"worker": worker}
         return {"server": server, "flags": await self.flags(node, server)}
@@ -3311,39 +3707,43 @@ class LlamaCpp(Engine):
         try:
             answer = await node.ask("run", argv=[server, "--help"], timeout_s=60, without=self.without)
         except NodeRefusal as refused:
-            raise EngineFailed(node.name, f"{server} cannot be started: {refused.what}",
-                               EXEC_MENDS.get(refused.errno, "check [engine] path"))
+            raise ProgramFailed(node.name, f"{server} cannot be started: {refused.what}",
+                               exec_mend(self, refused.errno))
         heads = [line.strip() for line in answer["out"].splitlines() if line.lstrip().startswith("-")]
         flags = {word for head in heads for word in re.findall(r"(?:^|,\s*)(--?[a-zA-Z][\w-]*)", head)}
         if answer["code"] != 0 or "--port" not in flags:
             ended = Exit(server, node.name, answer["code"], answer["out"].splitlines())
-            raise explain_failure(f"{server} on {node.name}", ended.tail, ended.how)
+            raise explain_failure(f"{server} on {node.name}", ended.tail, ended.how, self)
         if "--rpc" not in flags and self.group_size > 1:
-            raise EngineFailed(node.name, f"{server} lacks RPC, which several nodes need", BUILD_WITH_RPC)
+            raise ProgramFailed(node.name, f"{server} lacks RPC, which several nodes need", BUILD_WITH_RPC)
         return sorted(flags)
 
     def wants_devices(self, head_facts):
         return "--fit" not in head_facts["flags"] and self.group_size > 1
 
-    async def more_room(self, node):
-        with contextlib.suppress(UserError, OSError):  # the engine is gone: what is free now is what a node has
-            node_bytes = self.config.model.vram_per_node or sum(await node.ask("gpus")) * 2**20
-            return what_would_fit(self.config, self.group_size, node_bytes)
-        return MORE_ROOM
+    async def better(self, error, node):
+        """The engine is gone, and what is free on the node now is what a node has."""
+        with contextlib.suppress(UserError, OSError):
+            if error.mend == MORE_ROOM:
+                node_bytes = self.config.model.vram_per_node or sum(await node.ask("gpus")) * 2**20
+                return ProgramFailed("", error.what, what_would_fit(self.config, self.group_size, node_bytes))
+        return error
 
-    def processes(self, group):
+    def steps(self, group):
         head, others = group[0], group[1:]
-        return [(placed, self.worker(placed)) for placed in others] + [(head, self.server(head, others))]
+        return [[Part(placed, self.worker(placed), ("rpc",), Listens("rpc")) for placed in others],
+                [self.serving(head, self.server(head, others))]]
 
     def worker(self, placed):
-        argv = [placed.facts["worker"], "-H", placed.address, "-p", str(placed.port)]
+        address, port = placed.ways["rpc"]
+        argv = [placed.facts["worker"], "-H", address, "-p", str(port)]
         node_env = {"LLAMA_CACHE": self.llama.rpc_cache} if self.llama.rpc_cache else {}
-        return Process("rpc", argv + ["-c"] * bool(node_env), self.log_of(placed.node, "rpc"), node_env=node_env,
-                       env={"GGML_NO_BACKTRACE": "1"}, without=self.without)
+        return Process("rpc", argv + ["-c"] * bool(node_env), node_env=node_env, env={"GGML_NO_BACKTRACE": "1"},
+                       without=self.without)
 
     def server(self, head, workers):
-        engine, flags = self.config.engine, head.facts["flags"]
-        argv = [head.facts["server"], "-m", self.config.model.path, "--host", head.address, "--port", str(head.port),
+        engine, flags, (address, port) = self.config.engine, head.facts["flags"], head.ways["http"]
+        argv = [head.facts["server"], "-m", self.config.model.path, "--host", address, "--port", str(port),
                 "-c", str(engine.context * engine.slots), "-np", str(engine.slots),
                 "-t", str(head.node.facts.result()["cpus"]), "--api-key-file", str(self.run.key_file), "--metrics"]
         if self.llama.gpu_layers != "auto":
@@ -3351,7 +3751,7 @@ class LlamaCpp(Engine):
         elif "--fit" not in flags:
             argv += ["-ngl", "999"]  # builds without fit leave all on the CPU unless told
         if workers:
-            argv += ["--rpc", ",".join(f"{placed.address}:{placed.port}" for placed in workers)]
+            argv += ["--rpc", ",".join(str(placed.ways["rpc"]) for placed in workers)]
         shares = self.tensor_split(head, workers)
         argv += ["-ts", ",".join(map(str, shares))] if shares else []
         argv += ["--alias", model_name(self.config)] if "--alias" in flags else []
@@ -3361,8 +3761,7 @@ class LlamaCpp(Engine):
         env = {"GGML_NO_BACKTRACE": "1"}
         if not self.llama.user_settings:
             env["XDG_CONFIG_HOME"] = str(self.run.folder / "shapes")  # new builds read llama.cpp/config.ini there
-        return Process("llama-server", argv + engine.args, self.log_of(head.node, "llama-server"), env=env,
-                       without=self.without, progress=self.progress)
+        return Process("llama-server", argv + engine.args, env=env, without=self.without, progress=self.progress)
 
     @staticmethod
     def tensor_split(head, workers):
@@ -3373,15 +3772,10 @@ class LlamaCpp(Engine):
 
 BUILD_WITH_RPC = "build llama.cpp with -DGGML_RPC=ON, or set [slurm] nodes = 1"
 SAME_BUILD = "all nodes need the same build of llama.cpp: see [engine] path"
-FREE_PORTS = "set [engine] port and [engine.llama] rpc_port to 0 to take free ones"
 MORE_ROOM = "ask for more nodes or larger GPUs, or lower [engine] slots or context"
-EXEC_MENDS = {errno.ENOEXEC: "it was built for another CPU: [engine] path must name a build for these nodes",
-              errno.EACCES: "make it executable: chmod +x", errno.ENOENT: "check [engine] path"}
-ENGINES = {engine.name: engine for engine in (LlamaCpp, Echo)}
-
-FAILURES = (  # in one of a log's last lines or in how the process ended; what it means; what to do
+LLAMA_FAILURES = (
     (r"[Aa]ddress already in use|couldn't bind|Failed to create server socket",
-     "its port is in use by another program", FREE_PORTS),
+     "its port is in use by another program", LlamaCpp.free_ports),
     (r"RPC not supported|invalid argument: --rpc", "it lacks RPC, which several nodes need", BUILD_WITH_RPC),
     (r"invalid argument: (\S+)", "this build does not know an argument", "see [engine] args"),
     (r'argument "--api-key-file"', "its key file cannot be read on the node",
@@ -3412,9 +3806,6 @@ FAILURES = (  # in one of a log's last lines or in how the process ended; what i
     (r"failed to (open|load) GGUF|invalid magic|within the file bounds|failed to read (magic|header|key|tensor)",
      "the node cannot read the whole model", "put [model] path where all nodes see it; copy it again if it is damaged"),
     (r"n_seq_max must be <=", "this build has fewer slots", "lower [engine] slots"),
-    (r"error while loading shared libraries: (\S+)|symbol lookup error|version `\S+' not found",
-     "a shared library is missing on the node, or too old", "load the module that brings it: [environment] modules"),
-    (r"[Ee]xec format error", "it was built for another CPU", EXEC_MENDS[errno.ENOEXEC]),
     (r"killed by SIGILL", "it uses instructions that the node's CPU does not have",
      "build llama.cpp with -DGGML_NATIVE=OFF or on such a node, or choose nodes by [slurm] constraint"),
     (r"killed by SIGKILL", "the kernel killed it, most likely for memory",
@@ -3424,247 +3815,43 @@ FAILURES = (  # in one of a log's last lines or in how the process ended; what i
     (r"killed by SIGSEGV", "it crashed", "use a newer llama.cpp: [engine] path; `logs` shows its last words"))
 
 
-def explain_failure(who, tail, how):
-    """The error for an engine that ended: what its last lines or its end mean, and the most telling of them."""
-    for pattern, what, mend in FAILURES:
-        line = next((line for line in [*tail, how] if re.search(pattern, line)), None)
-        if line is not None:
-            line = re.sub(r"^[\d.]+ [A-Z] ", "", line)  # the time and the level that new builds write
-            return EngineFailed("", f"{who}: {what} ({one_line(line)[:200]})", mend)
-    telling = [line for line in tail if re.search(r"error|fail|fatal|abort|exception", line, re.I)] or tail[-1:]
-    return EngineFailed("", f"{who} ({how}): {one_line(telling[0])[:300] if telling else 'it said nothing'}",
-                        "`logs` shows the rest")
+ENGINES = {engine.name: engine for engine in (LlamaCpp, Echo)}
 
 
-class ForeseenNode(NamedTuple):
-    """Stands for a node that is not there yet."""
+class Replica(Group):
+    """One group of nodes that runs the model once, and the way to its endpoint."""
 
-    name: str
+    client = None
+    title = "the engine"
+    began = 0.0
 
     @property
-    def facts(self):
-        return self
+    def engine(self):
+        return self.program
 
-    def result(self):
-        return {"cpus": "CPUS"}
-
-
-def preview_engine(config):
-    """The engine's command lines as they will be, with words for what only the nodes know."""
-    engine = ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes)
-    group = [Placed(ForeseenNode(f"NODE{number}"), engine.foreseen(), f"ADDRESS{number}", "PORT", ())
-             for number in range(1, config.slurm.nodes + 1)]
-    return [f"{placed.node.name}: {' '.join(map(quote, process.argv))}" for placed, process in engine.processes(group)]
-
-
-class Here:
-    """The driver itself, where it must reach a node: it answers as a Node would."""
-
-    name = "the driver"
-
-    def __init__(self):
-        self.facts = asyncio.get_running_loop().create_future()
-        self.facts.set_result({"machine": machine_identity()})
-
-    async def ask(self, order, addresses, port, nonce, timeout_s):
-        return await first_reachable(addresses, port, nonce, timeout_s)
-
-
-class Replica:
-    """One group of nodes that runs the model once: its start, its watch, its end."""
-
-    STARTS = 3  # a port that was free may be taken before the engine has it
-    RESTARTS, WITHIN_S = 3, 600.0  # an engine that dies more often has a reason that stays
-
-    def __init__(self, number, engine, nodes, tell):
-        self.number, self.engine, self.nodes, self.tell = number, engine, nodes, tell
-        self.running = []  # (node, process, future of its Exit), in the order of their start
-        self.names = {}  # address:port → the node behind it
-        self.client, self.title = None, "the engine"
-        self.deaths = []  # when it died, of late
-
-    @property
-    def head(self):
-        return self.nodes[0]
-
-    async def start(self):
-        """Bring the engine up to its first ready moment."""
-        for attempt in range(self.STARTS):
-            try:
-                await self.start_once()
-                break
-            except EngineFailed as error:
-                if not error.port_taken or self.has_fixed_port or attempt == self.STARTS - 1:
-                    raise
-                self.tell("port_replaced", why=str(error))
-                await self.stop()
-
-    @property
-    def has_fixed_port(self):
-        engine = self.engine
-        return any(engine.ports(head).isdigit() and not engine.is_wish(head) for head in (True, False))
+    def on_start(self, one, part):
+        if self.engine.endpoint in part.opens:
+            self.title, self.began = one.title, clock()
+            self.tell("engine_started", replica=self.number, nodes=[node.name for node in self.nodes],
+                      command=" ".join(map(quote, part.process.argv)))
 
     async def start_once(self):
-        group = await self.place()
-        self.names = {f"{placed.address}:{placed.port}": placed.node.name for placed in group}
-        key = self.engine.run.key_file.read_text().strip()
-        *workers, (head, server) = self.engine.processes(group)
-        self.title = f"{server.name} on {head.node.name}"
-        await first_failure(*(self.start_worker(placed, process) for placed, process in workers))
-        await self.start_process(head.node, server)
-        self.tell("engine_started", replica=self.number, nodes=[node.name for node in self.nodes],
-                  command=" ".join(map(quote, server.argv)))
-        self.client, started = Client(head.address, head.port), clock()  # who answers there is not known yet: no key
-        await self.unless_failed(wait_until(
-            f"{self.title} to be ready", self.answers_health,
-            self.engine.config.engine.load_timeout, f"raise [engine] load_timeout, or see {server.log}"))
-        await self.prove_owner(head, server)
-        self.client.close()
-        self.client = Client(head.address, head.port, key)
-        self.tell("ready", replica=self.number, load_s=round(clock() - started, 2), host=head.address, port=head.port)
-
-    async def recover(self, error, restarts=RESTARTS, worked=False):
-        """Start the engine again after it died, or raise the error if it dies again and again. One that answered
-        nothing since its last death has not made good for it, however long it took to load or was waited for."""
-        if worked:
-            self.deaths = [death for death in self.deaths if clock() - death < self.WITHIN_S]
-        while True:
-            self.deaths.append(clock())
-            self.tell("engine_died", replica=self.number, why=str(error), times=len(self.deaths))
-            if len(self.deaths) > restarts:
-                raise error
-            await self.stop()
-            await asyncio.sleep(4 ** (len(self.deaths) - 1) - 1)
-            try:
-                return await self.start()
-            except EngineFailed as failed:
-                error = failed
-
-    def forgive(self):
-        """Its last deaths were a prompt's doing, which will not be asked again."""
-        self.deaths.clear()
-
-    async def place(self):
-        """Ask the nodes what is installed, and find the addresses by which they reach each other."""
-        here, engine, interface = Here(), self.engine, self.engine.config.network.interface
-
-        async def way(node):
-            head = node is self.head
-            prober, what = here if head else self.head, "the engine" if head else "the RPC worker"
-            try:
-                try:
-                    return await open_way(node, prober, engine.ports(head), interface, what)
-                except NodeRefusal as refused:
-                    if not engine.is_wish(head):
-                        raise
-                    self.tell("port_replaced", node=node.name, port=engine.ports(head),
-                              why=f"{refused.what}: another one is taken")
-                    return await open_way(node, prober, engine.config.network.ports, interface, what)
-            except NodeRefusal as refused:
-                raise EngineFailed(node.name, refused.what, FREE_PORTS + ", or widen [network] ports")
-        count = len(self.nodes)
-        answers = await first_failure(*[engine.probe(node, node is self.head) for node in self.nodes],
-                                      *[way(node) for node in self.nodes])
-        facts, ways, devices = answers[:count], answers[count:], [()] * count
-        if engine.wants_devices(facts[0]):
-            devices = await first_failure(*[node.ask("gpus") for node in self.nodes])
-        return [Placed(node, fact, address, port, tuple(free))
-                for node, fact, (address, port), free in zip(self.nodes, facts, ways, devices)]
-
-    async def start_process(self, node, process):
-        try:
-            self.running.append((node, process, await node.start(process)))
-        except NodeRefusal as refused:
-            raise EngineFailed(node.name, f"{process.argv[0]} cannot be started: {refused.what}",
-                               EXEC_MENDS.get(refused.errno, "check [engine] path"))
-
-    async def start_worker(self, placed, process):
-        await self.start_process(placed.node, process)
-        await self.unless_failed(wait_until(
-            f"{process.name} on {placed.node.name} to listen",
-            lambda: placed.node.ask("connect", host=placed.address, port=placed.port), 60, f"see {process.log}"))
-        await self.prove_owner(placed, process)
-
-    async def prove_owner(self, placed, process):
-        """Go on only if what answers on the port is the process that was started there."""
-        if not await placed.node.ask("owns", name=process.name, address=placed.address, port=placed.port):
-            raise EngineFailed(placed.node.name, f"port {placed.port} was taken by another program before "
-                               f"{process.name} had it", FREE_PORTS)
-
-    async def answers_health(self):
-        return (await self.look("/health")).status == 200
+        await super().start_once()
+        host, port = self.placed[0].ways[self.engine.endpoint]
+        self.client = Client(host, port, self.engine.run.key_file.read_text().strip())
+        self.tell("ready", replica=self.number, load_s=round(clock() - self.began, 2), host=host, port=port)
 
     async def signs(self):
         """Whether the engine says that it is well; and its figures, which move while it works, if it has any."""
-        well, told = await asyncio.gather(self.answers_health(), self.look("/metrics"))
-        return well, [line for line in told.body.decode("utf-8", "replace").splitlines()
-                      if self.engine.figures and line.startswith(self.engine.figures)]
-
-    async def look(self, path):
-        """What it answers; nothing, with status 0, if it does not."""
-        try:
-            return await self.client.request("GET", path, timeout_s=30)
-        except WireError:
-            return Message(NO_HEAD, b"")
-
-    async def failure(self):
-        """Waits for the end of any of its processes, and says what it means."""
-        running = list(self.running)
-        ends = [ended for _, _, ended in running]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait(ends, timeout=0.3)  # a server may be told of before the worker of whose death it died
-        # Workers first: a server ends because of them; but one that is cut off by its server's death is no cause.
-        over = [(node, ended.result()) for node, _, ended in running if ended.done()]
-        node, ended = min(over, key=lambda one: one[1].code == -signal.SIGPIPE)
-        if ended.code is None:
-            return NodeLost(ended.node, f"the node was lost, and {ended.process} with it",
-                            "it failed, or was taken away")
-        tail = [self.with_names(line) for line in ended.tail]
-        error = explain_failure(f"{ended.process} on {ended.node}", tail, ended.how)
-        if error.mend == MORE_ROOM:
-            error = EngineFailed("", error.what, await self.engine.more_room(node))
-        error.killed = ended.code == -signal.SIGKILL
-        return error
-
-    def with_names(self, line):
-        """A line of an engine's log with the nodes' names before their addresses."""
-        for address, name in self.names.items():
-            line = re.sub(re.escape(address) + r"\b", f"{name} {address}", line)
-        return line
-
-    async def unless_failed(self, work):
-        """The outcome of some work, or the error of a process that ended meanwhile."""
-        work, failure = asyncio.ensure_future(work), asyncio.ensure_future(self.failure())
-        try:
-            await asyncio.wait([work, failure], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise failure.result()
-            return work.result()
-        finally:
-            work.cancel()
-            failure.cancel()
-            await asyncio.gather(work, failure, return_exceptions=True)
+        well, told = await asyncio.gather(look(self.client, self.engine.health), look(self.client, "/metrics"))
+        figures = [line for line in told.body.decode("utf-8", "replace").splitlines()
+                   if self.engine.figures and line.startswith(self.engine.figures)]
+        return well.status == 200, figures
 
     async def stop(self):
-        """Stop its processes, the last started first: clients leave before their server is told to."""
         if self.client:
             self.client.close()
-        while self.running:
-            node, process, ended = self.running.pop()
-            if not ended.done():
-                await self.stop_process(node, process, ended)
-
-    async def stop_process(self, node, process, ended):
-        """Stop it; a node on which that cannot be done is lost to us."""
-        try:
-            await within(process.grace_s + 2 * KILLED_S, node.ask("stop", name=process.name))
-            await ended
-        except NodeRefusal as refused:
-            node.lose(refused.what)
-        except asyncio.TimeoutError:
-            node.lose(f"{process.name} was told to stop, and nothing came of it")
-        except ClusterError:  # it is lost already
-            pass
+        await super().stop()
 
 
 @contextlib.asynccontextmanager
@@ -5187,7 +5374,8 @@ class Pump:
         self.suspects = {}  # or alone: two engines died with it under way
         self.desks = {}  # replica → its desk, with trays of its own
         self.most_again = 0
-        self.unread, self.trouble, self.read_at = None, "", 0.0  # a number, why it could not be read, and when it is again
+        self.unread, self.read_at = None, 0.0  # the number of a prompt that could not be read, and when it is next
+        self.trouble = ""  # why it could not
         self.exhausted = self.draining = False
         self.over = asyncio.Event()  # nothing is left to ask or to wait for, not even for an engine that starts
         self.first_sent = None
@@ -5227,7 +5415,7 @@ class Pump:
         """Ask one replica until all is done, and again after each time that it dies and comes back."""
         try:
             await asyncio.shield(start)
-        except EngineFailed as error:
+        except ProgramFailed as error:
             if not error.killed:
                 raise
             await replica.recover(error, restarts=1)
@@ -5237,7 +5425,7 @@ class Pump:
                 self.most_again = sum(desk.replica.engine.in_flight for desk in self.desks.values())
                 try:
                     return await replica.unless_failed(self.serve(desk))
-                except EngineFailed as error:
+                except ProgramFailed as error:
                     await asyncio.sleep(self.DEATH_PAUSE_S)
                     if isinstance(error, EngineSick):
                         self.take_from_alone(desk)
@@ -6293,7 +6481,7 @@ def prepare(config_path, overrides):
 def check_shape(config):
     """The config with its nodes planned, and the plan; an error where its jobs could not run."""
     time_limit_minutes(config)
-    plan = plan_nodes(config)
+    plan = plan_nodes(config, ENGINES[config.engine.name].sized)
     ENGINES[config.engine.name].check(config)
     check_output(config)
     check_replicas(config, plan.nodes)
@@ -6391,7 +6579,7 @@ def command_check(args):
             script.write(answers["script"].replace("RUN/logs/slurm-%j.out", "/dev/null"))
             script.flush()
             answers["slurm"] = re.sub(r"^sbatch: ", "", slurm.submit(config, script.name, "--test-only"))
-    answers["engine"] = preview_engine(config)
+    answers["engine"] = preview(ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes))
     if args.json:
         say_json({"plan": dataclasses.asdict(config), "notes": prepared.notes, **answers})
         return DONE

@@ -167,9 +167,12 @@ TAILS = [  # what failed, its last lines, how it ended; what must be said, and t
 ]
 
 
+LLAMA = llmrun.LlamaCpp(llmrun.Config(), None, None, 1)
+
+
 @pytest.mark.parametrize("tail, how, words, mend", [case[1:] for case in TAILS], ids=[case[0] for case in TAILS])
 def test_last_words_are_understood(tail, how, words, mend):
-    error = llmrun.explain_failure("llama-server on node1", tail, how)
+    error = llmrun.explain_failure("llama-server on node1", tail, how, LLAMA)
     assert str(error).startswith("llama-server on node1") and "\n" not in str(error) and len(str(error)) < 500
     assert re.search(words, error.what), error
     assert re.search(mend, error.mend), error
@@ -178,7 +181,7 @@ def test_last_words_are_understood(tail, how, words, mend):
 def test_chatter_before_the_end_is_no_cause():
     chatter = ["slot launch_slot_: id  3 | task 0 | processing task", "srv  log_server_r: done request: POST /v1 200",
                "load_tensors: CUDA0 model buffer size = 39979.48 MiB", "warning: munmap failed: Invalid argument"]
-    error = llmrun.explain_failure("llama-server on node1", chatter, "was killed by SIGKILL")
+    error = llmrun.explain_failure("llama-server on node1", chatter, "was killed by SIGKILL", LLAMA)
     assert "killed" in error.what and "[slurm] mem" in error.mend
 
 
@@ -432,7 +435,8 @@ def test_a_firewall_between_two_nodes_names_both():
             return {"probe": {"addresses": ["10.0.0.2"], "port": 20001}, "reach": None, "release": None}[order]
 
     async def way():
-        await llmrun.open_way(Fake("node2"), Fake("node1"), "", "", "the RPC worker")
+        async with llmrun.open_way(Fake("node2"), [Fake("node1")], "", "", "the RPC worker"):
+            pass
     with pytest.raises(llmrun.ClusterError) as caught:
         asyncio.run(way())
     said = str(caught.value)
@@ -484,12 +488,12 @@ def test_an_engine_that_dies_at_its_work_is_explained_and_started_again(here):
 def test_a_worker_that_dies_at_the_work_is_the_cause_not_the_server_that_follows_it():
     async def first_words():
         loop = asyncio.get_running_loop()
-        replica = llmrun.Replica(0, types.SimpleNamespace(), [], lambda *told, **facts: None)
+        replica = llmrun.Replica(0, LLAMA, [], lambda *told, **facts: None)
         for name, code, tail in (("rpc", -9, ["Accepted client connection"]),
                                  ("llama-server", -6, [f"{RPC}:569: Remote RPC server crashed or returned malformed response"])):
             ended = loop.create_future()
             ended.set_result(llmrun.Exit(name, f"node-of-{name}", code, tail))
-            replica.running.append((None, None, ended))
+            replica.running.append(llmrun.Running(name, types.SimpleNamespace(name=f"node-of-{name}"), None, ended))
         return await replica.failure()
     said = [str(asyncio.run(first_words())) for _ in range(5)]
     assert all("rpc on node-of-rpc" in line and "[slurm] mem" in line for line in said), said
@@ -499,11 +503,11 @@ def test_a_worker_that_dies_of_its_servers_death_is_not_the_cause():
     """A real worker whose server is killed writes to a closed connection."""
     async def first_words():
         loop = asyncio.get_running_loop()
-        replica = llmrun.Replica(0, types.SimpleNamespace(), [], lambda *told, **facts: None)
+        replica = llmrun.Replica(0, LLAMA, [], lambda *told, **facts: None)
         for name, code, tail in (("rpc", -13, ["Accepted client connection"]), ("llama-server", -9, ["loading"])):
             ended = loop.create_future()
             ended.set_result(llmrun.Exit(name, f"node-of-{name}", code, tail))
-            replica.running.append((None, None, ended))
+            replica.running.append(llmrun.Running(name, types.SimpleNamespace(name=f"node-of-{name}"), None, ended))
         return await replica.failure()
     error = asyncio.run(first_words())
     assert str(error).startswith("llama-server on node-of-llama-server") and error.killed, error

@@ -38,13 +38,13 @@ def test_the_kv_cache_of_a_known_model():
 def test_nodes_by_the_rule_users_know(tmp_path, monkeypatch, size_gb, vram, nodes):
     monkeypatch.setattr(llmrun, "read_model", lambda config: big_model(size_gb * 10**9))
     config = config_for("x", slurm={"nodes": "auto"}, engine={"slots": 1, "context": 4096}, model={"vram_per_node": vram})
-    assert llmrun.plan_nodes(config).nodes == nodes
+    assert llmrun.plan_nodes(config, True).nodes == nodes
 
 
 def test_auto_without_the_memory_of_a_node_says_what_to_write(tmp_path):
     make_model(tmp_path / "m.gguf")
     with pytest.raises(llmrun.UserError, match="vram_per_node"):
-        llmrun.plan_nodes(config_for(tmp_path / "m.gguf", slurm={"nodes": "auto"}))
+        llmrun.plan_nodes(config_for(tmp_path / "m.gguf", slurm={"nodes": "auto"}), True)
 
 
 def test_kv_heads_of_each_layer_may_differ(tmp_path):
@@ -83,7 +83,7 @@ def test_each_replica_gets_the_nodes_that_the_model_takes(monkeypatch):
     monkeypatch.setattr(llmrun, "read_model", lambda config: big_model(40 * 10**9))
     config = config_for("x", slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"},
                         engine={"slots": 1, "context": 4096, "replicas": 2})
-    assert llmrun.plan_nodes(config).nodes == 4
+    assert llmrun.plan_nodes(config, True).nodes == 4
 
 
 # ── headers of every kind ──────────────────────────────────────────────────────
@@ -123,7 +123,7 @@ def model_of(path, tensors=0, **keys):
 def test_a_model_without_attention_takes_no_room_for_its_context(tmp_path, keys):
     """As Mamba and RWKV have it: what they remember of a text has one size, however long it is."""
     config = config_for(model_of(tmp_path / "m.gguf", **keys), slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"})
-    model, plan = llmrun.read_model(config), llmrun.plan_nodes(config)
+    model, plan = llmrun.read_model(config), llmrun.plan_nodes(config, True)
     assert (model.layers, plan.nodes, plan.kv_bytes) == (4, 1, 0)
 
 
@@ -144,7 +144,7 @@ def test_an_odd_header_is_one_line_or_a_plan(tmp_path, keys):
     path = model_of(tmp_path / "m.gguf", tensors=1, **keys)
     config = config_for(path, slurm={"nodes": "auto"}, model={"vram_per_node": "24GB"})
     try:
-        plan = llmrun.plan_nodes(config)
+        plan = llmrun.plan_nodes(config, True)
     except llmrun.UserError as error:
         assert "m.gguf" in str(error) and error.mend
     else:

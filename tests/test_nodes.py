@@ -414,7 +414,7 @@ def test_an_agent_does_not_wait_for_ever_for_a_process_that_survives_kill(undyin
         agent.send = lambda **message: told.append(message)
         started, done = types.SimpleNamespace(pid=4711), asyncio.get_running_loop().create_future()
         agent.launch = lambda argv, env, output: (started, done)
-        agent.processes["llama-server"] = (started, done, llmrun.Process("llama-server", ["llama-server"], "log", grace_s=2.0))
+        agent.processes["llama-server"] = (started, done, llmrun.Process("llama-server", ["llama-server"], "log", grace_s=2.0), 0)
         details = {"stop": {"name": "llama-server"}, "run": {"argv": ["llama-server", "--version"], "timeout_s": 20}}[order]
         await ends_within(300, agent.obey({"id": 1, "do": order, **details}))
     undying(work)
@@ -434,7 +434,7 @@ def test_a_node_on_which_a_process_survives_kill_counts_as_lost(undying, tmp_pat
             30, node.take, {"re": order["id"], "errno": 0, "error": why})
         replica = llmrun.Replica(0, types.SimpleNamespace(), [node], lambda event, **facts: told.append((event, facts)))
         ended = node.exits["llama-server"] = asyncio.get_running_loop().create_future()
-        replica.running = [(node, types.SimpleNamespace(name="llama-server", grace_s=2.0), ended)]
+        replica.running = [llmrun.Running("llama-server", node, types.SimpleNamespace(name="llama-server", grace_s=2.0), ended)]
         assert await ends_within(300, replica.stop()) is None
         with pytest.raises(llmrun.NodeLost, match="llama-server"):
             await ends_within(10, node.ask("find", names=["sh"]))

@@ -13,7 +13,7 @@ def config_of(**engine):
 
 
 def test_each_listens_on_one_address_and_the_server_is_told_its_workers():
-    *workers, server = llmrun.preview_engine(config_of(slots=4, context=2048))
+    *workers, server = llmrun.preview(llmrun.LlamaCpp(config_of(slots=4, context=2048), llmrun.Run("RUN"), "LIFE", 3))
     assert [line.split(": ")[0] for line in (*workers, server)] == ["NODE2", "NODE3", "NODE1"], "the head starts last"
     assert [" -H ADDRESS2 -p PORT" in workers[0], " -H ADDRESS3 -p PORT" in workers[1]] == [True, True]
     for words in ("--host ADDRESS1 --port PORT", "-c 8192 -np 4", "--rpc ADDRESS2:PORT,ADDRESS3:PORT", "--alias tiny.gguf",
@@ -29,7 +29,7 @@ def test_a_few_prompts_wait_at_the_engine_so_that_no_slot_is_empty(engine, in_fl
 @pytest.fixture
 def replica(monkeypatch):
     """A replica whose clock stands where the test sets it; `starts` is what its next starts come to."""
-    engine = types.SimpleNamespace(ports=lambda head: "", is_wish=lambda head: False)
+    engine = llmrun.LlamaCpp(config_of(), llmrun.Run("RUN"), "LIFE", 3)
 
     async def start_once():
         replica.started += 1
@@ -37,7 +37,7 @@ def replica(monkeypatch):
         if outcome:
             raise outcome
     told = []
-    replica = llmrun.Replica(0, engine, [], lambda event, **facts: told.append(event))
+    replica = llmrun.Replica(0, engine, [None] * 3, lambda event, **facts: told.append(event))
     replica.start_once, replica.started, replica.starts, replica.told = start_once, 0, iter(()), told
     replica.now = 10000.0
     monkeypatch.setattr(llmrun, "clock", lambda: replica.now)
@@ -47,12 +47,12 @@ def replica(monkeypatch):
 
 
 def failed(what="it crashed"):
-    return llmrun.EngineFailed("", f"llama-server on n1: {what}", "")
+    return llmrun.ProgramFailed("", f"llama-server on n1: {what}", "")
 
 
 def test_an_engine_that_dies_again_and_again_is_given_up(replica):
     replica.starts = iter([failed(f"death {number}") for number in range(2, 100)])
-    with pytest.raises(llmrun.EngineFailed, match="death 4"):
+    with pytest.raises(llmrun.ProgramFailed, match="death 4"):
         asyncio.run(replica.recover(failed("death 1")))
     assert replica.started == replica.RESTARTS == 3 and replica.told == ["engine_died"] * 4
 
@@ -66,7 +66,7 @@ def test_deaths_of_long_ago_are_forgotten(replica):
 def test_an_engine_that_answered_nothing_between_its_deaths_has_made_good_for_none(replica):
     """However long it took to load, or was waited for."""
     replica.deaths = [replica.now - replica.WITHIN_S - 1] * 3
-    with pytest.raises(llmrun.EngineFailed):
+    with pytest.raises(llmrun.ProgramFailed):
         asyncio.run(replica.recover(failed()))
 
 
@@ -75,18 +75,18 @@ def test_a_port_that_another_was_quicker_to_take_is_replaced(replica):
     asyncio.run(replica.start())
     assert replica.started == 3
     replica.starts = iter([failed("its port is in use by another program")] * 3)
-    with pytest.raises(llmrun.EngineFailed, match="port is in use"):
+    with pytest.raises(llmrun.ProgramFailed, match="port is in use"):
         asyncio.run(replica.start())
     replica.starts, replica.started = iter([failed()] * 2), 0
-    with pytest.raises(llmrun.EngineFailed, match="crashed"):
+    with pytest.raises(llmrun.ProgramFailed, match="crashed"):
         asyncio.run(replica.start())
     assert replica.started == 1, "what would fail again is not tried again"
 
 
 def test_a_port_that_the_user_chose_is_not_tried_again(replica):
-    replica.engine.ports = lambda head: "8080" if head else ""
+    replica.program = llmrun.LlamaCpp(config_of(port=8080), llmrun.Run("RUN"), "LIFE", 3)
     replica.starts = iter([failed("its port is in use by another program")] * 2)
-    with pytest.raises(llmrun.EngineFailed, match="port is in use"):
+    with pytest.raises(llmrun.ProgramFailed, match="port is in use"):
         asyncio.run(replica.start())
     assert replica.started == 1
 
@@ -95,11 +95,14 @@ def test_a_port_that_the_user_chose_is_not_tried_again(replica):
 def test_only_an_engine_that_says_so_is_ready(replica, status, ready):
     class Client:
         async def request(self, method, path, timeout_s):
+            assert path == "/health"
             if not status:
                 raise llmrun.WireError("the connection broke")
             return types.SimpleNamespace(status=status)
-    replica.client = Client()
-    assert asyncio.run(replica.answers_health()) is ready
+    way = llmrun.Way("127.0.0.1", 1)
+    replica.strangers[way] = Client()
+    (part,), = llmrun.Echo(config_of(), llmrun.Run("RUN"), "LIFE", 1).steps([llmrun.Placed(0, None, {}, {"http": way}, ())])
+    assert asyncio.run(part.ready(replica, part)) is ready
 
 
 def test_the_server_is_stopped_before_its_workers(replica):
@@ -109,8 +112,8 @@ def test_the_server_is_stopped_before_its_workers(replica):
         class Node:
             async def ask(self, order, name):
                 stopped.append(name)
-                next(ended for _, process, ended in running if process.name == name).set_result(None)
-        running = [(Node(), types.SimpleNamespace(name=name, grace_s=2.0), asyncio.get_running_loop().create_future())
+                next(one.ended for one in running if one.process.name == name).set_result(None)
+        running = [llmrun.Running(name, Node(), types.SimpleNamespace(name=name, grace_s=2.0), asyncio.get_running_loop().create_future())
                    for name in ("rpc2", "rpc3", "server")]
         replica.running = list(running)
         await asyncio.wait_for(replica.stop(), 2)
@@ -148,8 +151,9 @@ def test_the_echo_engine_answers_only_who_has_the_key(tmp_path):
 def test_the_users_own_llama_settings_reach_no_process_unasked(obeyed):
     config = config_of(llama={"user_settings": obeyed})
     engine = llmrun.LlamaCpp(config, llmrun.Run("RUN"), "LIFE", 3)
-    group = [llmrun.Placed(llmrun.ForeseenNode(f"n{number}"), engine.foreseen(), "a", "1", ()) for number in range(3)]
-    for _, process in engine.processes(group):
+    group = [llmrun.Placed(rank, llmrun.ForeseenNode(f"n{rank}"), engine.foreseen(), dict.fromkeys(engine.ports(rank), llmrun.Way("a", 1)), ())
+             for rank in range(3)]
+    for process in [part.process for step in engine.steps(group) for part in step]:
         seen = [name for name in ("LLAMA_ARG_CTX_SIZE", "LLAMA_API_KEY", "HOME") if not name.startswith(tuple(process.without))]
         assert seen == (["LLAMA_ARG_CTX_SIZE", "LLAMA_API_KEY", "HOME"] if obeyed else ["HOME"])
         assert ("XDG_CONFIG_HOME" in process.env) == (process.name == "llama-server" and not obeyed)
@@ -158,10 +162,10 @@ def test_the_users_own_llama_settings_reach_no_process_unasked(obeyed):
 def test_an_engine_that_ends_while_it_loads_ends_the_wait(replica):
     async def work():
         ended = asyncio.get_running_loop().create_future()
-        replica.running = [(None, types.SimpleNamespace(name="server"), ended)]
+        replica.running = [llmrun.Running("llama-server", types.SimpleNamespace(name="n1"), None, ended)]
         waiting = asyncio.ensure_future(replica.unless_failed(asyncio.get_running_loop().create_future()))
         await asyncio.wait([waiting], timeout=0.05)
         ended.set_result(llmrun.Exit("llama-server", "n1", -11, []))
         await asyncio.wait_for(waiting, 2)
-    with pytest.raises(llmrun.EngineFailed, match="llama-server on n1: it crashed .*SIGSEGV"):
+    with pytest.raises(llmrun.ProgramFailed, match="llama-server on n1: it crashed .*SIGSEGV"):
         asyncio.run(work())

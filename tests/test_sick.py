@@ -124,7 +124,7 @@ def test_an_engine_that_refuses_all_is_not_fed_with_more_than_may_be_under_way_a
 
 def test_an_engine_that_refuses_all_for_good_ends_with_its_words_and_every_prompt_open(loop):
     run = Pumped(loop, names(300), lambda: Replica(0, lambda *asked: (0.01, refuses(500))))
-    assert run.results == [] and isinstance(run.error, llmrun.EngineFailed) and BROKEN in str(run.error)
+    assert run.results == [] and isinstance(run.error, llmrun.ProgramFailed) and BROKEN in str(run.error)
     starts = run.replicas[0].starts
     assert len(starts) == 4 and 60 <= starts[0] < 120, "it was started anew before it was given up"
 
@@ -187,7 +187,7 @@ def test_an_engine_that_falls_silent_is_started_anew_and_no_prompt_is_lost(loop,
 
 def test_an_engine_that_stays_silent_is_given_up_with_every_prompt_open(loop):
     run = Pumped(loop, names(100), lambda: Replica(0, lambda *asked: (None, "ok"), healthy=False), limit_s=8 * 3600)
-    assert run.results == [] and isinstance(run.error, llmrun.EngineFailed)
+    assert run.results == [] and isinstance(run.error, llmrun.ProgramFailed)
     assert len(run.replicas[0].starts) == 4 and "answer" in str(run.error)
 
 

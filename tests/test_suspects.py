@@ -76,7 +76,7 @@ class Replica:
         waiting, self.waiting, self.down, self.deaths = self.waiting, [], True, self.deaths + 1
         for then in waiting:
             self.loop.call_soon(then, llmrun.WireError("broke"))
-        self.loop.call_later(self.notice_s, self.failed.set_result, llmrun.EngineFailed("", "died", ""))
+        self.loop.call_later(self.notice_s, self.failed.set_result, llmrun.ProgramFailed("", "died", ""))
 
     async def unless_failed(self, work):
         self.failed, work = self.loop.create_future(), asyncio.ensure_future(work)

@@ -92,7 +92,7 @@ class Group:
     def fail(self):
         self.engine.die()
         self.client.close()
-        self.failed.set_result(llmrun.EngineFailed("", "died", ""))
+        self.failed.set_result(llmrun.ProgramFailed("", "died", ""))
 
 
 def read(number):
@@ -264,7 +264,7 @@ def test_when_the_last_replica_is_lost_the_run_ends_with_its_error():
         while len(results) < 5:
             await asyncio.sleep(0.005)
         groups[0].fail()
-    with pytest.raises(llmrun.EngineFailed, match="died"):
+    with pytest.raises(llmrun.ProgramFailed, match="died"):
         pumped(1000, Engine(2, 0.01), meanwhile=kill)
 
 
