@@ -621,7 +621,7 @@ class Driver:
         self.journal = self.claims = self.work = self.merged = None
         self.added, self.under_way, self.waiting = [], set(), []
         self.exhausted = self.draining = self.closed = False
-        self.first_sent = None
+        self.first_sent, self.trouble = None, ""
         self.hurry, self.slots = world.chance.uniform(1, 4), world.chance.randint(2, 4)
         self.answer_s = world.chance.choice([0.3, 3, 10])
 
@@ -656,7 +656,8 @@ class Driver:
 
     async def live(self):
         driver = types.SimpleNamespace(ends_at=float("inf"))
-        orders = types.SimpleNamespace(driver=driver, doubt_the_end=list, stop=lambda stop: self.drain())
+        orders = types.SimpleNamespace(driver=driver, doubt_the_end=list, stop=lambda stop: self.drain(),
+                                       drain=lambda stop: self.leave_it_to_others())
         self.claims.LOOK_S *= self.hurry
         self.work.TEND_S = self.claims.LOOK_S
         async with llmrun.tending(self.work, orders):
@@ -671,6 +672,14 @@ class Driver:
         for turn in waiting:
             if not turn.done():
                 turn.set_result(None)
+
+    @property
+    def trays(self):
+        return [self.under_way]
+
+    def leave_it_to_others(self):
+        self.world.counts["left to others"] += not self.draining
+        self.drain()
 
     def drain(self):
         self.world.counts["drains"] += not self.draining

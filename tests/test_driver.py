@@ -77,9 +77,9 @@ def test_a_signal_that_comes_as_the_driver_is_made_reaches_it():
 
 def test_a_driver_that_works_shows_the_others_that_it_lives():
     beats, looks = [], []
-    claims = types.SimpleNamespace(BEAT_S=0.05, finished=False, trouble="", beat=lambda: beats.append(1), look=list, watch_beats=lambda: looks.append(1))
+    claims = types.SimpleNamespace(BEAT_S=0.05, finished=False, trouble="", STILL_S=60, left_to_others=lambda still_s: True, beat=lambda: beats.append(1), look=list, watch_beats=lambda: looks.append(1))
     prompts = llmrun.Prompts(None, None, claims, None, None)
-    prompts.pump, prompts.TEND_S = types.SimpleNamespace(first_sent=1.0, wake_all=list), 0.01
+    prompts.pump, prompts.TEND_S = types.SimpleNamespace(first_sent=1.0, trouble="", trays=[], wake_all=list), 0.01
     orders = types.SimpleNamespace(driver=types.SimpleNamespace(ends_at=llmrun.math.inf))
 
     async def work():
