@@ -5490,23 +5490,27 @@ class Pump:
         """Up to so many from the input. What cannot be read just now is read later; what is not there any more as it
         was has failed."""
         hands, lost = [], []
-        while len(hands) + len(lost) < room and clock() >= self.read_at:
-            number, self.unread = self.next_number() if self.unread is None else self.unread, None
+        if clock() < self.read_at:
+            desk.look_again(self.READ_AGAIN_S)
+            return hands
+        while len(hands) + len(lost) < room:
+            number = self.next_number() if self.unread is None else self.unread
             if number is None or number == LATER:
                 self.exhausted = number is None
                 break
             try:
                 hands.append(InHand(self.read(number)))
-                self.trouble = ""
             except LostPrompt as error:
                 lost.append(self.lose(desk, error))
             except OSError as error:
                 self.unread, self.read_at, self.trouble = number, clock() + self.READ_AGAIN_S, os_reason(error)
+                desk.look_again(self.READ_AGAIN_S)
+                break
+            if self.unread is not None:
+                self.unread, self.trouble = None, ""
         if lost:
             self.finish(lost)
             desk.turn.set()
-        elif self.unread is not None:
-            desk.look_again(self.READ_AGAIN_S)
         return hands
 
     def lose(self, desk, lost):
@@ -5571,23 +5575,29 @@ class Pump:
 
     def settle(self, desk, hand, reply):
         """The result that a reply makes, or none: it is asked once more where that may help."""
-        status, _, answer, error, wait_s = reply
-        now, before, pulse = clock(), hand.failed, desk.pulse
+        status, now, pulse = reply[0], clock(), desk.pulse
         hand.attempts += 1
         if 0 < status < 500:
             pulse.answered, pulse.failures = now, 0
-        else:
-            hand.failed = now
-            pulse.note_failure(hand.prompt, error_text(error or answer))
         if status == 200:
             took = now - hand.began
             self.usual_s = took if not self.usual_s else 0.95 * self.usual_s + 0.05 * took
-            self.last_answer = answer, took
-        elif can_pass(status) and (hand.attempts < MAX_ATTEMPTS or self.draining or pulse.answered < before):
-            delay = max(wait_s, min(30.0, 0.25 * 2 ** hand.attempts)) * (0.75 + secrets.randbelow(500) / 1000)
+            self.last_answer = reply[2], took
+        elif self.can_come(pulse, hand, reply):
+            delay = max(reply[4], min(30.0, 0.25 * 2 ** hand.attempts)) * (0.75 + secrets.randbelow(500) / 1000)
             self.rest(hand, delay)
             return None
         return self.conclude(desk, hand, reply)
+
+    def can_come(self, pulse, hand, reply):
+        """Whether an answer may come another time. It has failed for good only where since its last failure the engine
+        has answered something else."""
+        status, _, answer, error, _ = reply
+        before, hand.failed = hand.failed, clock()
+        if not 0 < status < 500:
+            pulse.note_failure(hand.prompt, error_text(error or answer))
+        enough = hand.attempts >= MAX_ATTEMPTS and pulse.answered >= before
+        return can_pass(status) and (self.draining or not enough)
 
     def conclude(self, desk, hand, reply):
         status, body, answer, error, _ = reply
