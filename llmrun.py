@@ -3192,24 +3192,15 @@ class Placed(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One process of a program: what it opens, and when it is ready, so that what stands after it may start."""
+    """One process of a program. When it is ready, what stands in the next step may start: when it takes connections on
+    all ports that it opens, which are then proven to be its own, and `ready` says so."""
 
     placed: Placed
     process: Process
-    opens: Tuple[str, ...] = ()  # names of ports, which are proven to be its own once it is ready
-    ready: Optional[Callable] = None  # one of those below, or an async function of (group, part); None: at once
+    opens: Tuple[str, ...] = ()  # names of ports
+    ready: Optional[Callable] = None  # one of those below, or an async function of (group, part)
     patience_s: float = 60.0
     mend: str = ""  # where that was too short
-
-
-class Listens(NamedTuple):
-    """Ready when it takes connections."""
-
-    port: str
-
-    async def __call__(self, group, part):
-        way = part.placed.ways[self.port]
-        return await part.placed.node.ask("connect", host=way.address, port=way.port)
 
 
 class Answers(NamedTuple):
@@ -3409,13 +3400,18 @@ class Group:
                                 exec_mend(self.program, refused.errno))
         self.running.append(one)
         self.on_start(one, part)
-        if part.ready:
-            await self.unless_failed(wait_until(f"{one.title} to be ready", lambda: part.ready(self, part),
-                                                part.patience_s, f"{part.mend}see {part.process.log}"))
-        for way in map(part.placed.ways.get, part.opens):
+        ways = [part.placed.ways[name] for name in part.opens]
+        await self.unless_failed(wait_until(f"{one.title} to be ready", lambda: self.is_ready(part, ways),
+                                            part.patience_s, f"{part.mend}see {part.process.log}"))
+        for way in ways:
             if not await node.ask("owns", name=part.process.name, address=way.address, port=way.port):
                 raise ProgramFailed(node.name, f"port {way.port} was taken by another program before {what} had it",
                                     self.program.free_ports)
+
+    async def is_ready(self, part, ways):
+        if part.ready and not await part.ready(self, part):
+            return False
+        return all(await asyncio.gather(*[part.placed.node.ask("connect", host=way.address, port=way.port) for way in ways]))
 
     def named(self, part):
         """The process under a name that no other of this life has, with the log of that name."""
@@ -3731,7 +3727,7 @@ class LlamaCpp(Engine):
 
     def steps(self, group):
         head, others = group[0], group[1:]
-        return [[Part(placed, self.worker(placed), ("rpc",), Listens("rpc")) for placed in others],
+        return [[Part(placed, self.worker(placed), ("rpc",)) for placed in others],
                 [self.serving(head, self.server(head, others))]]
 
     def worker(self, placed):
@@ -4100,7 +4096,8 @@ class RowScanner:
 
 
 class Rows:
-    """The rows of one source, each as its bytes. Neighbours are read together: they are asked together."""
+    """The rows of one source, each as its bytes; a UserError for one that was changed since it was frozen, and for
+    those after it. Neighbours are read together: they are asked together."""
 
     AHEAD_BYTES, LENGTH = 2**16, 2**32 - 1
 
@@ -4125,7 +4122,11 @@ class Rows:
         if begin < 0 or begin + length > len(self.data):
             self.read(offset, max(length, self.AHEAD_BYTES))
             begin = 0
-        return self.data[begin:begin + length]
+        data = self.data[begin:begin + length]
+        if self.doubtful and (row >= self.lost or zlib.crc32(data) != self.index[2 * row + 1] >> 32):
+            self.lost = min(self.lost, row)
+            raise UserError(self.source.path, CHANGED.format("file"), PUT_BACK)
+        return data
 
     def read(self, offset, length):
         try:
@@ -4134,14 +4135,6 @@ class Rows:
             self.__dict__.pop("file", None)  # a handle that a file server has forgotten stays so
             raise
         self.start, self.data, self.doubtful = offset, data, not self.source.looks_like(found)
-
-    def unchanged(self, row):
-        """The same, if neither it nor one before it that was looked at was changed since it was frozen."""
-        data = self[row]
-        if row >= self.lost or self.doubtful and zlib.crc32(data) != self.index[2 * row + 1] >> 32:
-            self.lost = min(self.lost, row)
-            raise UserError(self.source.path, CHANGED.format("file"), PUT_BACK)
-        return data
 
     def line(self, row):
         """The line on which a row stands; reads all before it."""
@@ -4189,10 +4182,9 @@ class Input:
     def prompt(self, number):
         """What is asked; LostPrompt where that is not there any more, an OSError where it cannot be read just now."""
         key = self.key(number)
-        source, _, sample = key
         try:
-            data = self.rows[source].unchanged(key[1])
-            splice = self.splices[source]
+            data = self.rows[key[0]][key[1]]
+            splice = self.splices[key[0]]
             match = BATCH_ROW.fullmatch(data) if splice else None
             if match:
                 custom_id, url, body = match.groups()
@@ -4205,8 +4197,8 @@ class Input:
                 raise
             raise LostPrompt(Prompt(key, self.name(key), CHAT, b""), f"{error.filename}: {os_reason(error)}")
         if self.samples > 1:
-            body = {**body, "seed": int(body.get("seed") or 0) + sample}
-            custom_id = f"{custom_id}#{sample + 1}"
+            body = {**body, "seed": int(body.get("seed") or 0) + key[2]}
+            custom_id = f"{custom_id}#{key[2] + 1}"
         return Prompt(key, custom_id, url, json.dumps(body, ensure_ascii=False).encode())
 
     def request(self, key, data):
@@ -5174,7 +5166,6 @@ class InHand:
         self.prompt, self.tray, self.timer = prompt, None, None
         self.attempts = 0  # how often it was asked and not answered for good
         self.began = self.failed = 0.0  # when it was asked last, and when it came to nothing last
-        self.then = None  # what its client calls with the answer
         self.deaths = 0  # how many engines died while it was under way
 
     def put(self, tray):
@@ -5214,7 +5205,7 @@ class Desk:
         return 0 if self.alone or self.pulse.in_doubt else max(0, free)
 
     def ask(self, hand, tray, now, limit):
-        hand.began, hand.then = now, functools.partial(self.answered, hand)
+        hand.began, hand.then = now, functools.partial(self.answered, hand)  # the second is what its client calls
         hand.put(tray)
         prompt = hand.prompt
         self.replica.client.ask("POST", prompt.url, prompt.body, limit, hand.then)

@@ -87,7 +87,7 @@ class Beside(llmrun.Program):
     def steps(self, group):
         placed, = group
         argv = [sys.executable, "-c", LISTEN, *map(str, [*placed.ways["data"], *placed.ways["admin"]])]
-        return [[llmrun.Part(placed, llmrun.Process("server", argv), ("data", "admin"), llmrun.Listens("admin"))],
+        return [[llmrun.Part(placed, llmrun.Process("server", argv), ("data", "admin"))],
                 [llmrun.Part(placed, llmrun.Process("look", [sys.executable, "-c", self.look]), (), llmrun.Says("^I see"), 5.0)]]
 
 
@@ -244,8 +244,7 @@ def test_each_of_its_ports_is_proven_to_be_its_own(nodes, stolen):
             (server,), look = super().steps(group)
             others = [str(part) for name, one in placed.ways.items() if name != stolen for part in one]
             argv = [*server.process.argv[:3], *others]
-            ready = llmrun.Listens(stolen)
-            return [[server._replace(process=llmrun.dataclasses.replace(server.process, argv=argv), ready=ready)], look]
+            return [[server._replace(process=llmrun.dataclasses.replace(server.process, argv=argv))], look]
     thieves, tries = [], []
 
     async def story(group):
