@@ -3411,7 +3411,8 @@ class Group:
     async def is_ready(self, part, ways):
         if part.ready and not await part.ready(self, part):
             return False
-        return all(await asyncio.gather(*[part.placed.node.ask("connect", host=way.address, port=way.port) for way in ways]))
+        connect = functools.partial(part.placed.node.ask, "connect")
+        return all(await asyncio.gather(*[connect(host=way.address, port=way.port) for way in ways]))
 
     def named(self, part):
         """The process under a name that no other of this life has, with the log of that name."""
