@@ -1211,6 +1211,12 @@ def show_slurm_time(minutes):
     return "no limit" if minutes == UNLIMITED else f"{minutes // 60:02d}:{minutes % 60:02d}:00"
 
 
+def show_minutes(minutes):
+    """So many minutes, as people say it."""
+    parts = zip((minutes // 1440, minutes // 60 % 24, minutes % 60), ("day", "hour", "minute"))
+    return " ".join(f"{count} {unit}{'s' * (count > 1)}" for count, unit in parts if count)
+
+
 def role_of(environ, pid):
     """Where this process stands: "login", "allocation" (salloc), "batch", "task", "shell" or "job".
 
@@ -1781,6 +1787,7 @@ def all_runs(folder):
     return [run for _, run in sorted((one for one in found if one[0]), key=lambda one: one[0])]
 
 
+CANCELLED = "cancelled by you"  # by the command, which leaves word of it in the run's folder
 NOBODY, REQUEUED, SUCCESSOR, OTHERS = "", "requeued", "successor", "others"
 
 
@@ -1835,17 +1842,18 @@ class LifeState:
 
     def __init__(self, life, events, job, followed=False):
         self.life, self.events, self.job, self.followed = life, events, job, followed
-        self.phase, self.detail, self.lost, self.progress = "starting", "", [], {}
+        self.phase, self.detail, self.lost, self.progress, self.until = "starting", "", [], {}, None
         for event in events:
             self.hear(event["event"], event)
         self.last_word = events[-1] if events[-1]["event"] == "end" else {}
         self.alive = not (self.last_word or followed) and is_alive(events[0], job)
         self.ending = Ending.told_by(self.last_word) if self.last_word else None if self.alive else self.death()
-        counts = {**self.progress, **self.last_word}
+        self.counts = counts = {**self.progress, **self.last_word}
         self.own_failed = counts.get("own_failed", 0)
         self.answered = counts.get("answered", counts.get("answers", 0) - self.own_failed)
 
     def hear(self, name, event):
+        self.until = event.get("until", self.until)
         if name in PHASES:
             self.phase, self.detail = PHASES[name], event.get("why", "")
         elif name == "progress":
@@ -1894,10 +1902,11 @@ class LifeState:
         return self.progress[count] / self.progress["working_s"] if self.progress.get("working_s") else 0.0
 
     def shown(self):
-        """An ended life as the state of its run; where it was killed, the counts are not its own to tell."""
-        counts = {name: self.last_word[name] for name in ("done", "failed") if name in self.last_word}
-        return {"state": VERDICTS[self.ending.code] if self.last_word else "killed", "exit_code": self.ending.code,
-                "detail": self.ending.why or self.detail, **counts}
+        """An ended life as the state of its run."""
+        word = VERDICTS[self.ending.code] if self.last_word else "killed"
+        if self.ending.code == SOME_FAILED and not self.counts.get("done"):
+            word = "failed"
+        return {"state": word, "exit_code": self.ending.code, "detail": self.ending.why or self.detail}
 
 
 def state_of(run, jobs):
@@ -1908,19 +1917,52 @@ def state_of(run, jobs):
     lives = [LifeState(life, run.events(life), jobs.get(life.job), followed=life.job and life != last[life.job])
              for life in began]
     job = next(reversed([*submits] or [life.life.job for life in lives] or [0]))
-    state = {"run": run.name, "folder": str(run.folder), "job": job, "state": "new", "detail": "",
-             "done": min(total, sum(life.answered for life in lives)), "failed": sum(life.own_failed for life in lives),
-             "total": total, "tokens_per_s": 0.0, "left_s": None, "exit_code": None, "nodes": [],
+    all_jobs = dict.fromkeys([*submits, *(life.life.job for life in lives if life.life.job)])
+    state = {"run": run.name, "folder": str(run.folder), "job": job, "all_jobs": list(all_jobs), "state": "new",
+             "detail": "", **counts_of(lives, total), "total": total, "tokens_per_s": 0.0, "left_s": None,
+             "ends_in_s": None, "took_s": None, "exit_code": None, "nodes": [],
              "lost": [lost for life in lives for lost in life.lost], "jobs": 0}
     if not lives:
-        return {**state, **state_before_start(run, job, jobs.get(job))}
+        return {**state, **if_cancelled(run, {"exit_code": None, **state_before_start(run, job, jobs.get(job))})}
     complete = next((life for life in reversed(lives) if life.complete), None)
-    if complete and any(life.last_word and not life.complete and life.began >= complete.ended for life in lives):
-        complete = None  # failed prompts were to be asked again, and work was left of that
+    if complete:  # but then failed prompts were to be asked again, and that waits to begin, or was not finished
+        later = {job: record for job, record in submits.items() if record["time"] > complete.ended}
+        if is_fresh(later, lives, jobs) or any(
+                life.last_word and not life.complete and life.began >= complete.ended for life in lives):
+            complete = None
     going = [life for life in lives if life.ending is None]
     if going and not (complete and all(life.began <= complete.ended for life in going)):
         return {**state, **state_of_going(going, state)}
-    return {**state, **(complete.shown() if complete else state_of_stopped(lives, submits, jobs))}
+    found = complete.shown() if complete else {"exit_code": None, **state_of_stopped(lives, submits, jobs)}
+    if found["state"] not in ("done", "failed"):
+        found = if_cancelled(run, found)
+    return {**state, **(ended_facts(lives) if found["exit_code"] is not None else {}), **found}
+
+
+def if_cancelled(run, found):
+    """The state of a run with work left; where its user cancelled it, that is why, whatever Slurm and its signals tell."""
+    if found["exit_code"] is None or not run.stop_file.exists():
+        return found
+    return {"state": "stopped", "detail": CANCELLED, "exit_code": WORK_LEFT}
+
+
+def ended_facts(lives):
+    """What a run took, over all of its lives."""
+    working_s = sum(life.progress.get("working_s", 0.0) for life in lives)
+    tokens = sum(life.progress.get("tokens", 0) for life in lives)
+    return {"took_s": round(max(life.ended for life in lives) - min(life.began for life in lives)),
+            "tokens_per_s": round(tokens / working_s, 1) if working_s else 0.0,
+            "nodes": list(dict.fromkeys(node for life in lives for node in life.events[0]["nodes"]))}
+
+
+def counts_of(lives, total):
+    """How many prompts are answered, and have failed: as the last life counted them in the journals when it ended; as
+    long as none has, or others go on, by what each tells of its own."""
+    last = max(lives, key=lambda life: life.ended).last_word if lives else {}
+    if "done" in last:
+        return {"done": last["done"], "failed": last["failed"]}
+    done = max([sum(life.answered for life in lives), *(life.counts.get("done", 0) for life in lives)])
+    return {"done": min(total, done), "failed": sum(life.own_failed for life in lives)}
 
 
 def state_of_going(going, state):
@@ -1928,7 +1970,9 @@ def state_of_going(going, state):
     shown = next((life for life in going if life.phase == "answering"), going[0])
     rate = sum(life.per_second("answers") for life in going)
     left = state["total"] - state["done"] - state["failed"]
+    ends = [life.until for life in going if life.until]
     return {"state": shown.word, "detail": shown.detail, "jobs": len(going),
+            "ends_in_s": max(0, round(min(ends) - time.time())) if ends else None,
             "nodes": [node for life in going for node in life.events[0]["nodes"]],
             "tokens_per_s": round(sum(life.per_second("tokens") for life in going), 1),
             "left_s": round(left / rate) if rate else None}
@@ -1946,8 +1990,9 @@ def state_of_stopped(lives, submits, jobs):
     requeued = [life for life in latest.values() if life.ending.next == REQUEUED and not job_ended(life)]
     if requeued:
         return {"state": "pending", "detail": f"{requeued[0].ending.why}; it was put back into the queue"}
-    last = [life for life in latest.values() if life.ending.next == NOBODY] or lives[-1:]
-    return max(last, key=lambda life: life.ending.code).shown()
+    newest = max(life.began for life in lives)  # what ended before that began is history
+    last = [life for life in latest.values() if life.ending.next == NOBODY and life.ended >= newest] or lives[-1:]
+    return max(last, key=lambda life: (life.ending.code, life.ended)).shown()
 
 
 def is_fresh(submits, lives, jobs):
@@ -5823,6 +5868,7 @@ class Stop(NamedTuple):
 class Orders:
     """What Slurm and users tell a life to do, by signals to it or to its agents."""
 
+    GONE_S = 30.0  # a folder that was not there for so long was deleted
     EARLY_S = 90.0  # Slurm's warning comes up to half a minute sooner than asked for
     ASK_AGAIN_S = 15.0
 
@@ -5832,7 +5878,7 @@ class Orders:
         self.nodes, self.stopped, self.asking, self.looking = [], None, None, None
         self.drained = Stop(WORK_LEFT, "the time limit came", go_on=True)  # what an end with work left means
         self.agent_termed = asyncio.Event()
-        self.loading_since = None
+        self.loading_since, self.folder_seen = None, clock()
         stopping = [(signal.SIGTERM, WORK_LEFT, "told to end (SIGTERM)"), (signal.SIGINT, INTERRUPTED, "interrupted"),
                     (signal.SIGHUP, WORK_LEFT, "the terminal was closed")]
         self.loop.add_signal_handler(signal.SIGUSR2, self.stop, Stop(WORK_LEFT, "its batch process was killed", True))
@@ -5874,6 +5920,13 @@ class Orders:
         else:
             self.stop(stop)
 
+    def mind_the_folder(self):
+        """Who deletes a run's folder wants nothing of it any more, and nobody could find its job."""
+        if self.driver.run.config_file(0).exists():
+            self.folder_seen = clock()
+        elif clock() - self.folder_seen > self.GONE_S:
+            self.stop(Stop(CLUSTER_FAILED, f"the run's folder is gone: {self.driver.run.folder}"))
+
     def on_agent_term(self):
         """Slurm ends our steps. Preempting with grace, it tells the agents first and this driver nothing."""
         self.agent_termed.set()
@@ -5897,6 +5950,7 @@ class Orders:
         detail = await self.detail()
         if detail:
             self.driver.ends_at = end_of_job({}, detail)
+            self.tell("time_limit", **told_end(self.driver.ends_at))
             self.work.until(self.driver.ends_at)
 
     async def detail(self):
@@ -5922,6 +5976,7 @@ async def tending(work, orders):
             if await stalled(work.TEND_S):  # suspended, maybe
                 orders.doubt_the_end()
             work.tend()
+            orders.mind_the_folder()
             if clock() > orders.driver.ends_at - LAST_MOMENTS_S:
                 orders.time_is_up()
             elif not work.started and work.finished:
@@ -6175,13 +6230,14 @@ def drive(run, allocation, shape=0, work=Prompts, **wishes):
     gc.set_threshold(20000, 20, 100)
     patiently("cannot begin", lambda: events.append(
         "start", job=allocation.job, submitted=allocation.submitted, nodes=allocation.nodes, work=work.name,
-        pid=os.getpid(), born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0]))
+        pid=os.getpid(), born=process_birth(os.getpid()), host=socket.gethostname(), python=sys.version.split()[0],
+        **told_end(allocation.ends_at)))
     log(f"start {life} on {' '.join(allocation.nodes)}")
     driver, begun, stop = Driver(run, run.config(shape), shape, life, allocation, tell), None, Stop(DONE)
     try:
         begun = work.begin(driver, **wishes)
         if run.stop_file.exists():  # a job that started after all
-            stop = Stop(WORK_LEFT, "the run was cancelled")
+            stop = Stop(WORK_LEFT, CANCELLED)
         elif driver.fruitless() > MAX_FRUITLESS:  # whoever started us again and again
             stop = Stop(CLUSTER_FAILED, f"{MAX_FRUITLESS} starts in a row answered nothing; `logs` shows them")
         elif not begun.finished:
@@ -6192,6 +6248,11 @@ def drive(run, allocation, shape=0, work=Prompts, **wishes):
     ending = driver.finish(begun, stop) if begun else stop.leads_to()
     tell("end", **ending._asdict(), **(begun.counts() if begun else {}))
     return ending.code
+
+
+def told_end(ends_at):
+    """When the job's time ends, for its events, if it ends at all."""
+    return {"until": round(ends_at + CLOCK_TO_DATE)} if ends_at < math.inf else {}
 
 
 def ignore_signals():
@@ -6321,7 +6382,7 @@ class Driver:
     def hand_over(self, work, stop, resume):
         """See that somebody does what is left, where that is wanted and can be had; the ending with that."""
         if self.run.stop_file.exists():
-            return stop.leads_to()
+            return (stop if stop.code == CLUSTER_FAILED else Stop(WORK_LEFT, CANCELLED)).leads_to()
         if not self.submit_runs_job_sh:
             return stop.leads_to(more=resume if stop.go_on else "")
         if stop.code == WORK_LEFT and not stop.go_on:  # by TERM, which does not say why
@@ -6367,7 +6428,7 @@ class Driver:
             if self.run.stop_file.exists():  # whoever cancelled the run meanwhile did not know of it
                 with contextlib.suppress(ClusterError):
                     Slurm(os.environ).cancel([job])
-                return stop.leads_to(more="the run was cancelled")
+                return Stop(WORK_LEFT, CANCELLED).leads_to()
             return stop.leads_to(SUCCESSOR, job, f"Slurm would not requeue it ({refused})" if refused else "")
         return stop.leads_to(more=f"{failed}: {resume}")
 
@@ -6398,7 +6459,7 @@ def what_term_meant(detail, ends_at):
         return Stop(WORK_LEFT, PREEMPTED, go_on=True)
     if clock() > ends_at:
         return Stop(WORK_LEFT, "the time limit came", go_on=True)
-    return Stop(WORK_LEFT, "cancelled (SIGTERM)")
+    return Stop(WORK_LEFT, "cancelled by scancel")
 
 
 def split_groups(nodes, size):
@@ -6475,7 +6536,7 @@ class Prepared(NamedTuple):
 
 def prepare(config_path, overrides):
     """Everything that can be known to be wrong before anything is made."""
-    config, notes = read_config(config_path, overrides)
+    config, notes = read_config(config_path or "config.toml", overrides)
     config, plan = check_shape(config)
     return Prepared(config, notes, plan, freeze(config, model_name(config), scan_progress))
 
@@ -6538,7 +6599,9 @@ def describe(prepared):
         if config.engine.context > plan.model.context:
             lines.append(f"note      the model was trained with {plan.model.context} tokens of context; "
                          "more is not used")
-    lines.append(f"nodes     {plan.nodes} for up to {config.slurm.time}"
+    minutes = time_limit_minutes(config)
+    limit = "no limit of time" if minutes == UNLIMITED else f"up to {show_minutes(minutes)}"
+    lines.append(f"nodes     {plan.nodes} for {limit} (time = \"{config.slurm.time}\")"
                  + (f" in partition {config.slurm.partition}" if config.slurm.partition else "")
                  + (f", {config.slurm.jobs} jobs" if config.slurm.jobs > 1 else ""))
     lines.append(f"prompts   {len(prepared.prompts)} in {config.prompts.user}"
@@ -6597,7 +6660,9 @@ def command_check(args):
 
 def command_submit(args):
     if args.join:
-        return join(args, find_run(argparse.Namespace(run=args.join, runs=args.runs)))
+        run, slurm = find_run(argparse.Namespace(run=args.join, runs=args.runs)), query_slurm()
+        code = done_already(run, state_of(run, slurm.jobs(run.submitted()) if slurm else {}))
+        return join(args, run) if code is None else code
     prepared = prepare(args.config, args.set)
     config = prepared.config
     if args.dry_run:
@@ -6636,14 +6701,18 @@ def link_output(config, run, job):
         link.symlink_to(run.job_output(job))
 
 
+SHAPE_TABLES = ("slurm", "engine", "environment", "network", "model")  # of a config: in these, a run's jobs may differ
+
+
 def join(args, run, failed_again=False, alone=True):
-    """One more submit for a run: in its latest shape, or in a new one with other settings. `alone` is a single job."""
-    shape = run.shapes()[-1]
+    """One more submit for a run: in its first shape, or in a new one with other settings. `alone` is a single job."""
+    shape, named = 0, getattr(args, "join", "") and args.config
     config = run.config(shape)
     options = ["--array=0"] * (alone and config.slurm.jobs > 1)
-    if args.set or failed_again:
-        config, _ = check_shape(other_shape(run, shape, args.set, failed_again))
-        shape, options = shape + 1, []
+    if args.set or failed_again or named:
+        data = joining_config(run, named) if named else json.loads(run.config_file(shape).read_text())
+        config, _ = check_shape(other_shape(data, args.set, failed_again, not named))
+        shape, options = run.shapes()[-1] + 1, []
         freeze_shape(run, shape, config, script_for(config, run, shape, failed_again))
     with contextlib.suppress(FileNotFoundError):
         run.stop_file.unlink()
@@ -6660,15 +6729,27 @@ def join(args, run, failed_again=False, alone=True):
     return follow(run, slurm, quiet=args.json) if args.wait else DONE
 
 
-def other_shape(run, shape, overrides, failed_again):
+def joining_config(run, path):
+    """The config of a job that joins, from a file of its own. What is asked, and where answers go, is the run's; a file
+    that says it otherwise was written for another run."""
+    mine = dataclasses.asdict(run.config())
+    theirs = dataclasses.asdict(read_config(path, [])[0])
+    default = dataclasses.asdict(build_config(Config, {}, path, os.path.dirname(os.path.abspath(path))))
+    for name in [name for name in theirs if name not in (*SHAPE_TABLES, "source", "name", "run_dir")]:
+        if theirs[name] not in (mine[name], default[name]):
+            raise UserError(path, f"[{name}] differs from that of {run.name}, whose prompts and results are fixed",
+                            f"a job that joins may differ in {', '.join(SHAPE_TABLES)}; leave the others out")
+    return {**mine, **{name: theirs[name] for name in SHAPE_TABLES}, "source": theirs["source"]}
+
+
+def other_shape(data, overrides, failed_again, one_job):
     """The config of a run with other settings for its jobs; what is asked, and where answers go, is frozen."""
-    data = json.loads(run.config_file(shape).read_text())
-    if failed_again or not any(override.startswith("slurm.jobs") for override in overrides):
+    if failed_again or one_job and not any(override.startswith("slurm.jobs") for override in overrides):
         data["slurm"]["jobs"] = 1  # two that ask failed prompts again would each wait for what the other holds
     for override in overrides:
-        if not override.startswith(("slurm.", "engine.", "environment.", "network.", "model.")):
+        if not override.startswith(tuple(f"{table}." for table in SHAPE_TABLES)):
             raise UserError(f"--set {override}", "cannot be changed for a run that was submitted",
-                            "submit a new run, or set keys of slurm, engine, environment, network or model")
+                            f"submit a new run, or set keys of {', '.join(SHAPE_TABLES)}")
         apply_override(data, override)
     source = data.pop("source")
     return dataclasses.replace(build_config(Config, data, source, os.getcwd()), source=source)
@@ -6681,16 +6762,27 @@ def command_resume(args):
     if state["exit_code"] is None:
         raise UserError(run.name, f"is {state['state']}: there is nothing to resume",
                         "`submit --join` adds jobs to it, `cancel` ends it")
-    if state["exit_code"] in (DONE, SOME_FAILED) and not (args.failed and state["failed"]):
-        say(f"{run.name} is done" + (f"; `resume --failed` asks the {state['failed']} failed prompts again"
-                                     if state["failed"] else ""))
+    if not (args.failed and state["failed"]) and done_already(run, state) is not None:
         return state["exit_code"]
     return join(args, run, args.failed, alone=False)
+
+
+def done_already(run, state):
+    """The exit code of a run that has nothing left to do, which is said; None for any other."""
+    if state["exit_code"] not in (DONE, SOME_FAILED):
+        return None
+    say(f"{run.name} is finished" + (f"; `resume --failed` asks the {state['failed']} failed prompts again"
+                                     if state["failed"] else ""))
+    return state["exit_code"]
 
 
 def command_run(args):
     """`bash job.sh` without sbatch: here, or in the allocation that this shell is in."""
     prepared = prepare(args.config, args.set)
+    nodes = prepared.config.slurm.nodes
+    if nodes > 1 and not args.here and shutil.which("sbatch") and role_of(os.environ, os.getpid()) == "login":
+        raise UserError("run", f"this machine alone would stand for all {nodes} nodes",
+                        "`submit` asks Slurm for them; `run --here` does it here all the same")
     run = make_run(prepared)
     if not args.json:
         for line in describe(prepared):
@@ -6737,7 +6829,15 @@ def serve_echo(host, port, key_file, delay="0"):
 
 
 def follow(run, slurm, child=None, quiet=False):
-    """Wait for a run's end, telling what changes; its exit code."""
+    """Wait for a run's end, telling what changes; its exit code. Ctrl-C ends the looking, not the run."""
+    try:
+        return follow_to_the_end(run, slurm, child, quiet)
+    except KeyboardInterrupt:
+        complain(f"{run.name} goes on: `status -f {run.name}` looks again, `cancel {run.name}` ends it")
+        return INTERRUPTED
+
+
+def follow_to_the_end(run, slurm, child, quiet):
     look, told, seen = state_watch(run, slurm), "", None
     while True:
         ended = child is not None and child.poll() is not None
@@ -6746,8 +6846,8 @@ def follow(run, slurm, child=None, quiet=False):
             said = log_tail(run.logs / "slurm-0.out")
             state.update(state="failed", exit_code=child.returncode if child.returncode > 0 else CLUSTER_FAILED,
                          detail=said[-1] if said else "it ended without a word")
-        line = state_line(state)
-        if not quiet and line != told:
+        line, over = state_line(state), state["exit_code"] is not None and (child is None or ended)
+        if not quiet and line != told and not over:
             told = line
             if on_terminal():
                 sys.stdout.write("\r\033[K" + visible(line)[:shutil.get_terminal_size().columns - 1])
@@ -6757,9 +6857,9 @@ def follow(run, slurm, child=None, quiet=False):
             if step != seen and not on_terminal():
                 say(line)
             seen = step
-        if state["exit_code"] is not None and (child is None or ended):
+        if over:
             if not quiet:
-                say("\n" * on_terminal() + verdict(run, state))
+                say("\r\033[K" * on_terminal() + verdict(run, state))
             return state["exit_code"]
         pause(child, 0.1 if state["state"] in ("starting", "starting the engine") else 0.5)
 
@@ -6783,17 +6883,34 @@ def state_line(state):
         parts.append(f"{state['tokens_per_s']:.0f} tokens/s")
     if state["left_s"]:
         parts.append(f"about {show_duration(state['left_s'])} left")
+        if state["ends_in_s"] is not None and state["ends_in_s"] < state["left_s"]:
+            parts.append(f"the job's time ends in {show_duration(state['ends_in_s'])}")
     return ", ".join(parts) + (f": {state['detail']}" if state["detail"] else "")
 
 
 def verdict(run, state):
-    folder = run.config().results.folder or run.results
+    """How a run ended, and where its answers are."""
+    folder, done, failed = run.config().results.folder or run.results, state["done"], state["failed"]
+    doubt = f"\n{state['detail']}" if state["detail"] else ""
+    took = f" in {show_duration(state['took_s'])}" if state["took_s"] is not None else ""
+    rate = f", {state['tokens_per_s']:.0f} tokens/s" if state["tokens_per_s"] else ""
     if state["exit_code"] == DONE:
-        return f"All {state['done']} prompts are answered: {folder}"
+        return f"{all_of(done)} answered{took}{rate}: {folder}{doubt}"
+    if state["exit_code"] == SOME_FAILED and failed:
+        what = f"{are(done)} answered, {failed} failed" if done else f"No prompt is answered, all {failed} failed"
+        return f"{what}{took}{rate}: {folder}/errors.jsonl says why{doubt}"
     if state["exit_code"] == SOME_FAILED:
-        return f"{state['done']} prompts are answered, {state['failed']} failed: {folder}/errors.jsonl says why"
-    return f"{state['state']}: {state['detail'] or 'work is left'} ({state['done']} of {state['total']} answered; " \
+        return f"{all_of(done)} answered{took}{rate}, but see for yourself: {folder}{doubt}"
+    return f"{state['state']}: {state['detail'] or 'work is left'} ({done} of {state['total']} answered; " \
            f"`python llmrun.py logs {run.name}` shows more)"
+
+
+def are(count):
+    return "1 prompt is" if count == 1 else f"{count} prompts are"
+
+
+def all_of(count):
+    return "The prompt is" if count == 1 else f"All {count} prompts are"
 
 
 def runs_folder(args):
@@ -6842,13 +6959,20 @@ def command_status(args):
         raise UserError(str(runs[0].folder), "cannot be read", "the line above says why")
     if args.json:
         say_json(states[0] if args.run else states)
+    elif args.follow and states:
+        run = next(run for run in reversed(runs) if run.name == states[-1]["run"])
+        return follow(run, slurm)
     elif args.run:
         for name in ("run", "folder", "job", "state", "detail"):
             say(f"{name:9} {states[0][name] or '-'}")
+        if len(states[0]["all_jobs"]) > 1:
+            say(f"{'all jobs':9} {' '.join(map(str, states[0]['all_jobs']))}")
         say(f"{'nodes':9} {' '.join(states[0]['nodes']) or '-'}")
         for lost in states[0]["lost"]:
             say(f"{'lost':9} {lost}")
-        say(f"{'prompts':9} {state_line(dict(states[0], detail=''))} (of {states[0]['total']})")
+        say(f"{'prompts':9} {states[0]['total']}: {state_line(dict(states[0], detail=''))}")
+        if states[0]["took_s"] is not None:
+            say(f"{'took':9} {show_duration(states[0]['took_s'])}")
     elif not states:
         say(f"No runs in {runs_folder(args)}; `submit` starts one.")
     else:
@@ -6861,9 +6985,9 @@ def command_status(args):
 
 def command_logs(args):
     run = find_run(args)
-    files = sorted(run.logs.glob("*/*.log")) + sorted(run.logs.glob("slurm-*.out"))
-    files += [Path(run.job_output(job)) for job in run.submitted() if run.config().slurm.output]
-    chosen = [path for path in files if path.is_file() and (args.process or "slurm-") in path.name]
+    look = state_watch(run, query_slurm())
+    files = log_files(run)
+    chosen = chosen_logs(files, args.process)
     if args.process and not chosen:
         names = sorted({path.stem for path in files})
         raise UserError(run.name, f"no log of {args.process}",
@@ -6871,32 +6995,80 @@ def command_logs(args):
     if args.json:
         say_json([str(path) for path in (chosen if args.process else files)])
         return DONE
+    if not chosen and not args.follow:
+        say(f"no logs yet: {state_line(look())}")
+    chosen = chosen or args.follow and first_log(run, lambda: chosen_logs(log_files(run), ""), look) or []
     if not args.process:
-        chosen = chosen[-1:] or [path for path in files if path.is_file()][-1:]
         for path in files:
             say(str(path), "2")
     for path in chosen:
         if len(chosen) > 1:
             say(f"── {path}", "1")
-        show_log(path, args.follow and path is chosen[-1], run)
+        show_log(path, look if args.follow and path is chosen[-1] else None)
     return DONE
 
 
-def show_log(path, keep_on, run):
-    look = state_watch(run, query_slurm())
+def log_files(run):
+    files = sorted(run.logs.glob("*/*.log")) + sorted(run.logs.glob("slurm-*.out"))
+    return [*files, *(Path(run.job_output(job)) for job in run.submitted() if run.config().slurm.output)]
+
+
+def chosen_logs(files, process):
+    """Those of a process; without one, the newest of a driver, or else of any."""
+    found = [path for path in files if path.is_file() and (process or "slurm-") in path.name]
+    return found if process else found[-1:] or [path for path in files if path.is_file()][-1:]
+
+
+def show_log(path, look):
+    """What stands in a log and, with a `look` at the run's state, what comes to it until the run ends; between the
+    driver's own lines, how far it is."""
+    told = None
     with open(path, errors="replace") as lines:
         while True:
-            ended = not keep_on or look()["exit_code"] is not None
+            state = look and look()
             text = lines.read()
             sys.stdout.write(visible(text) if on_terminal() else text)
             sys.stdout.flush()
-            if ended:
+            if not look or state["exit_code"] is not None:
                 return
+            step = state["done"] * 10 // max(1, state["total"])
+            if step != told and state["state"] == "answering":
+                say(f"{time.strftime('%H:%M:%S')} {state_line(state)}")
+            told = step
             time.sleep(0.3)
 
 
+def first_log(run, find, look):
+    """The files that `find()` gives: of a run that waits, as soon as there are some."""
+    told = ""
+    while True:
+        state, files = look(), find()
+        if files or state["exit_code"] is not None:
+            return files
+        if state_line(state) != told:
+            told = state_line(state)
+            say(told)
+        time.sleep(0.5)
+
+
+def cancel_lost_job(job, slurm):
+    """End a job of llmrun's whose run is not found: its folder was deleted, or lies elsewhere."""
+    detail = slurm.detail(job)
+    if not re.search(r"\bCommand=\S*/shapes/\d+/job\.sh\b", detail):
+        return False
+    slurm.cancel([int(job)])
+    say(f"job {job}: cancelled; the folder of its run is not here")
+    return True
+
+
 def command_cancel(args):
-    run, slurm = find_run(args), query_slurm()
+    slurm = query_slurm()
+    try:
+        run = find_run(args)
+    except UserError:
+        if slurm and args.run.isdigit() and cancel_lost_job(args.run, slurm):
+            return DONE
+        raise
     jobs = slurm.jobs(run.submitted()) if slurm else {}
     going = {job: row.state for job, row in jobs.items() if row.state not in ENDED_STATES}
     starts = [run.events(life)[0] for life in run.lives()]
@@ -6936,6 +7108,8 @@ def command_results(args):
         written = f"the files could not be written: {os_reason(error)}"
         log(written)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
+    if not marks.count(Marks.DONE) + marks.count(Marks.FAILED):
+        complain(f"no answers yet: {state_line(state_watch(run, query_slurm())())}")
     form = "jsonl" if args.json else args.format
     if form == "csv":
         say(csv_row(["custom_id", *ANSWER_COLUMNS]).decode().rstrip("\n"))
@@ -7042,7 +7216,7 @@ def command_help_table():
     run = [("run", {"nargs": "?", "default": "", "help": "its folder, name or job id; the newest if left out"}),
            ("--runs", {"default": "", "metavar": "FOLDER",
                        "help": "where the runs lie (default: run_dir of ./config.toml)"})]
-    config = [("config", {"nargs": "?", "default": "config.toml", "help": "the config file (default: config.toml)"}),
+    config = [("config", {"nargs": "?", "default": "", "help": "the config file (default: config.toml)"}),
               ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE",
                          "help": "override a key: slurm.nodes=3"})]
     wait = [("--wait", {"action": "store_true", "help": "follow the run; exit with its code"})]
@@ -7056,11 +7230,13 @@ def command_help_table():
         ("submit", command_submit, "submit a run to Slurm", config + as_json + wait + [
             ("--dry-run", {"action": "store_true", "help": "print the batch script and stop"}),
             ("--join", {"default": "", "metavar": "RUN",
-                        "help": "add a job to this run instead; with --set, of another shape"}), run[1]]),
-        ("run", command_run, "run here: this machine, or the allocation this shell is in", config + as_json),
+                        "help": "add a job to this run instead: like its first, or as the config or --set say"}), run[1]]),
+        ("run", command_run, "run here: this machine, or the allocation this shell is in", config + as_json + [
+            ("--here", {"action": "store_true", "help": "even where this machine has to stand for several nodes"})]),
         ("resume", command_resume, "go on with a run that stopped with work left", run + config[1:] + as_json + wait + [
             ("--failed", {"action": "store_true", "help": "ask failed prompts again, too"})]),
-        ("status", command_status, "how runs stand: all, or one", run + as_json),
+        ("status", command_status, "how runs stand: all, or one", run + as_json + [
+            ("-f", {"flags": ["--follow"], "action": "store_true", "help": "until it ends; exit with its code"})]),
         ("logs", command_logs, "a run's logs", run + as_json + [
             ("process", {"nargs": "?", "default": "", "help": "part of a log's name, as in llama-server"}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"})]),
@@ -7138,7 +7314,7 @@ def main(argv=None):
 
 def where_am_i():
     """One line on where this was started, for who is not sure."""
-    return {"login": "This is no Slurm job; `submit` starts one.",
+    return {"login": "This runs a language model on a Slurm cluster, from this one file.",
             "allocation": "This shell holds a Slurm allocation; `run` uses its nodes.",
             "shell": "This is an interactive step of a Slurm job; `run` uses its nodes.",
             "batch": "This is the batch script of a Slurm job; `run` uses its nodes.",

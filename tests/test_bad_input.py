@@ -120,7 +120,7 @@ def test_what_an_ordinary_user_may_not_touch(site):
     assert "permission denied" in as_nobody("submit", "config.json")
     secret.chmod(0o644)
     site.folder.chmod(0o555)
-    assert "run's folder" in as_nobody("run", "config.json")
+    assert "run's folder" in as_nobody("run", "--here", "config.json")
     assert "permission denied" in as_nobody("submit", "config.json", "--set", "slurm.output=logs/out.txt")
     assert "cannot be written" in as_nobody("submit", "config.json", "--set", f"results.folder={site.folder}/answers")
     site.folder.chmod(0o755)

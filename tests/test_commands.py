@@ -33,7 +33,7 @@ def test_init_overwrites_nothing(here):
 
 
 def test_nodes_that_cannot_be_split_among_the_replicas_are_refused(here):
-    said = here.llmrun("run", "config.json", "--set", "slurm.nodes=3", "--set", "engine.replicas=2", code=2)
+    said = here.llmrun("run", "--here", "config.json", "--set", "slurm.nodes=3", "--set", "engine.replicas=2", code=2)
     assert "3 nodes cannot be split into 2 equal groups" in said and "a multiple of 2" in said and not here.runs()
 
 
@@ -47,8 +47,8 @@ def test_the_reader_of_a_command_may_leave(here):
 
 
 def test_the_newest_run_is_meant_and_its_counts_are_those_of_the_journal(here):
-    here.llmrun("run", "config.json", "--set", "name=first")
-    here.llmrun("run", "config.json", "--set", "name=second")
+    here.llmrun("run", "--here", "config.json", "--set", "name=first")
+    here.llmrun("run", "--here", "config.json", "--set", "name=second")
     assert here.llmrun("status").count("done") == 2
     assert json.loads(here.llmrun("results", "--json").splitlines()[0])["custom_id"] == "part0/000.txt"
     newest = max(here.runs(), key=lambda run: run.name.startswith("second"))
@@ -63,7 +63,7 @@ def test_the_newest_run_is_meant_and_its_counts_are_those_of_the_journal(here):
 
 def test_run_passes_on_that_it_was_told_to_end(here):
     here.config(engine={"args": ["5"]})
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     here.wait_for_event("ready")
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=10)
@@ -74,7 +74,7 @@ def test_run_passes_on_that_it_was_told_to_end(here):
 
 def test_a_run_whose_answers_are_all_empty_has_not_gone_well(here, engine):
     here.config(engine={"name": "llama.cpp"}, environment={"vars": {"FAKE_LLAMA_EMPTY": "1"}})
-    said = here.llmrun("run", "config.json", code=1)
+    said = here.llmrun("run", "--here", "config.json", code=1)
     wait_for("the summary", (here.run / "summary.json").exists)
     assert "answers are empty" in said + json.loads((here.run / "summary.json").read_text())["why"]
 
@@ -83,7 +83,7 @@ def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
     here.config(engine={"name": "llama.cpp"})
     asked = here.folder / "prompts" / "part0" / "000.txt"
     asked.write_text("word " * 5000)
-    here.llmrun("run", "config.json", code=1)
+    here.llmrun("run", "--here", "config.json", code=1)
     failed, = map(json.loads, here.llmrun("results", "--failed", "--json").splitlines())
     assert failed["custom_id"] == "part0/000.txt" and not failed["llmrun"]["ok"]
     assert len(here.llmrun("results", "--json").splitlines()) == 6

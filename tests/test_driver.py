@@ -143,7 +143,7 @@ def test_a_run_that_may_not_be_requeued_says_how_to_go_on(site_on):
 def test_an_engine_that_ends_because_its_job_does_is_no_failure(here):
     """Slurm's TERM may reach an engine and its agent before it reaches the driver."""
     here.config(environment={"vars": {"FAKE_LLAMA_LOAD_S": "20"}})
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     here.wait_for_event("engine_started")
     for words in (" agent ", "llama-server -m"):
         os.kill(here.process(words), signal.SIGTERM)

@@ -35,7 +35,7 @@ def test_scancel_leaves_nothing_on_either_kind_of_site(tracked):
     wait_for("an answer", lambda: tracked.runs() and tracked.journal())
     subprocess.run(["scancel", str(tracked.status()["job"])], env=tracked.env, check=True)
     tracked.assert_nothing_left(5)
-    assert [(end["code"], end["why"], end["next"]) for end in tracked.ends()] == [(4, "cancelled (SIGTERM)", "")]
+    assert [(end["code"], end["why"], end["next"]) for end in tracked.ends()] == [(4, "cancelled by scancel", "")]
     assert tracked.status()["exit_code"] == 4
     tracked.llmrun("results")
     assert len(tracked.results()) == len(tracked.journal()) > 0
@@ -74,7 +74,7 @@ def test_signals_that_follow_the_first_change_nothing(site):
         os.kill(driver, number)
     late.unlink()
     state = site.ended(code=4)
-    assert [end["why"] for end in site.ends()] == ["cancelled (SIGTERM)"]
+    assert [end["why"] for end in site.ends()] == ["cancelled by scancel"]
     assert [event["why"] for event in site.events() if event["event"] == "stopping"] == ["told to end (SIGTERM)"]
     assert "ended" in told.read_text().split(), "the engine was given its time"
     assert len(site.results()) == state["done"] == len(site.journal()) >= 2, "and the results were written"
@@ -119,7 +119,7 @@ def test_limits_that_slurm_refuses_itself_are_told_the_same_way(tmp_path, engine
 
 def test_run_answers_here_over_agents_that_stand_for_nodes(here):
     here.config(slurm={"nodes": 3})
-    here.llmrun("run", "config.json")
+    here.llmrun("run", "--here", "config.json")
     assert len(here.results()) == 6
     assert here.events()[0]["nodes"] == ["local1", "local2", "local3"]
     assert "done" in here.llmrun("status")
@@ -127,7 +127,7 @@ def test_run_answers_here_over_agents_that_stand_for_nodes(here):
 
 def test_an_interrupted_run_ends_with_130_and_keeps_what_is_finished(here):
     here.slow()
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     wait_for("an answer", lambda: here.runs() and here.journal())
     for pid in [running.pid] + [pid for pid, argv in here.processes() if "drive" in argv]:  # a terminal interrupts all
         os.kill(pid, signal.SIGINT)
@@ -139,7 +139,7 @@ def test_an_interrupted_run_ends_with_130_and_keeps_what_is_finished(here):
 
 def test_cancel_stops_a_run_that_is_here(here, monkeypatch):
     here.slow()
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     wait_for("an answer", lambda: here.runs() and here.journal())
     assert "stopped" in here.llmrun("cancel")
     running.communicate(timeout=20)
@@ -161,7 +161,7 @@ def asked_elsewhere(folder, monkeypatch):
 @pytest.mark.parametrize("victim", ["drive", "agent"])
 def test_a_kill_here_leaves_nothing_and_is_told(here, victim):
     here.slow()
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     wait_for("an answer", lambda: here.runs() and here.journal())
     if victim == "drive":
         here.kill_job()
@@ -204,7 +204,7 @@ def test_a_run_that_may_make_no_claims_says_so_and_goes_on_when_it_may(here):
     """The quota of files is used up, though there is room for their bytes."""
     here.config(engine={"name": "echo"})
     refuse_claims(here, errno.EDQUOT)
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     try:
         wait_for("the word", lambda: here.runs() and "quota" in here.job_output().lower(), 10)
         assert "quota" in here.llmrun("status", here.run.name).lower() and running.poll() is None
@@ -218,7 +218,7 @@ def test_a_run_that_may_make_no_claims_says_so_and_goes_on_when_it_may(here):
 def test_a_run_that_may_never_make_claims_ends_with_the_reason(here):
     here.config(engine={"name": "echo"})
     refuse_claims(here, errno.EACCES)
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     try:
         running.wait(10)
     except subprocess.TimeoutExpired:

@@ -220,7 +220,7 @@ def here(here):
 def told(here, *words, env=None, **tables):
     """Run it to its failure: the words stand in the output and in `status`, each time in one line."""
     here.config(environment={"vars": env or {}}, **tables)
-    output = here.llmrun("run", "config.json", code=3)
+    output = here.llmrun("run", "--here", "config.json", code=3)
     state = here.status()
     assert state["exit_code"] == 3 and state["state"] == "failed"
     for word in words:
@@ -301,7 +301,7 @@ def test_two_workers_of_one_machine_may_be_wished_the_same_port(here):
         probe.bind(("", 0))
         wished = probe.getsockname()[1]
     here.config(slurm={"nodes": 3}, engine={"llama": {"rpc_port": wished}})
-    said = here.llmrun("run", "config.json") + here.job_output()
+    said = here.llmrun("run", "--here", "config.json") + here.job_output()
     one, other = re.search(r"--rpc \S+:(\d+),\S+:(\d+)", here.wait_for_event("engine_started")["command"]).groups()
     assert one != other
     assert re.search(rf"\b{wished}\b.*(taken|in use)", said), said
@@ -315,7 +315,7 @@ def test_ports_of_a_flat_config_that_others_have_are_replaced_and_named(here, ta
         flat = {"dir_llama_script": str(here.bin), "model": str(here.model), "prompts_user_dir": "prompts", "nodes": 2, **ports}
         (here.folder / "config.json").write_text(json.dumps(flat))
         here.means(prompts={"user": "prompts"})
-        said = here.llmrun("run", "config.json") + here.job_output()
+        said = here.llmrun("run", "--here", "config.json") + here.job_output()
     for port in ports.values():
         assert re.search(rf"\b{port}\b.*(taken|in use)", said), said
         assert not re.search(rf"\b{port}\b", here.wait_for_event("engine_started")["command"])
@@ -344,7 +344,7 @@ def test_a_process_that_took_the_engines_port_is_given_no_key_and_no_prompt(here
     here.write_prompts(6)
     slow = here.folder / "slow"
     here.config(environment={"vars": {"FAKE_LLAMA_HANG": "start", "FAKE_LLAMA_ONCE": str(slow)}}, engine={"load_timeout": 5})
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     command = here.wait_for_event("engine_started")["command"]
     port = int(re.search(r"--port (\d+)", command).group(1))
     wait_for("our engine, which is slow", slow.exists)
@@ -369,7 +369,7 @@ def test_a_process_that_took_a_workers_port_is_told_nothing_of_the_model(here):
     (build / "ggml-rpc-server").write_text(f"#!/bin/bash\n[ -e {slow} ] || {{ touch {slow}; sleep 5; exit 1; }}\nexec {build}/real \"$@\"\n")
     (build / "ggml-rpc-server").chmod(0o755)
     here.config(slurm={"nodes": 2}, engine={"path": str(build)})
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     wait_for("our worker, which is slow", slow.exists)
     pid = here.process("ggml-rpc-server", "-H")
     with open(f"/proc/{pid}/cmdline") as file:
@@ -451,7 +451,7 @@ def test_a_load_that_takes_longer_than_it_may(here):
 
 def test_a_node_that_is_lost_while_the_model_loads(here):
     here.config(slurm={"nodes": 2}, environment={"vars": {"FAKE_LLAMA_LOAD_S": "20"}})
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     here.wait_for_event("engine_started")
     os.kill(here.process(" agent local2"), signal.SIGKILL)
     output, _ = running.communicate(timeout=20)
@@ -479,7 +479,7 @@ def test_a_time_limit_that_is_too_short_to_load_says_how_long_it_loaded(tmp_path
 
 def test_an_engine_that_dies_at_its_work_is_explained_and_started_again(here):
     here.config(environment={"vars": {"FAKE_LLAMA_DIES": "gpu-access", "FAKE_LLAMA_ONCE": str(here.folder / "once")}})
-    here.llmrun("run", "config.json")
+    here.llmrun("run", "--here", "config.json")
     died = [event["why"] for event in here.events() if event["event"] == "engine_died"]
     assert len(died) == 1 and re.search(r"a GPU failed.*illegal memory access.*\[slurm\] exclude", died[0]), died
     assert len(here.results()) == 1
@@ -521,7 +521,7 @@ def test_an_engine_that_lives_and_answers_nothing_is_named_and_its_prompts_are_o
     here.write_prompts(30)
     here.amend("", "Pulse.LOOK_S, Pulse.SICK_S, Pump.DEATH_PAUSE_S = 0.1, 1.5, 0.1", "Replica.recover.__defaults__ = (0, False)")
     here.config(environment={"vars": env}, engine={"slots": 16, **keys})
-    running = here.start("run", "config.json")
+    running = here.start("run", "--here", "config.json")
     try:
         running.wait(25)
     except subprocess.TimeoutExpired:

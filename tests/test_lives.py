@@ -205,12 +205,13 @@ def test_another_job_of_another_shape_joins(site_on):
     site.llmrun("submit", "config.json")
     site.answering()
     run = site.run
+    assert "cannot be changed" in site.llmrun("submit", "--join", run, "--set", "prompts.max_tokens=3", code=2)
     assert "submitted job" in site.llmrun("submit", "--join", run, "--set", "slurm.nodes=2", "--set", "engine.slots=4")
     site.ended()
     assert len(site.journal()) == SOME and len(list(run.glob("journal/*.jsonl"))) == 2
     assert json.loads((run / "shapes" / "1" / "config.json").read_text())["slurm"]["nodes"] == 2
-    said = site.llmrun("submit", "--join", run, "--set", "prompts.max_tokens=3", code=2)
-    assert "cannot be changed" in said
+    assert "is finished" in site.llmrun("submit", "--join", run, "--set", "slurm.nodes=1")
+    assert len(list(run.glob("shapes/*"))) == 2, "nothing more was submitted"
 
 
 def test_resume_goes_on_with_a_run_whose_driver_was_killed(site_on):
@@ -224,7 +225,7 @@ def test_resume_goes_on_with_a_run_whose_driver_was_killed(site_on):
     wait_for("the verdict", lambda: site.status()["state"] == "killed")
     site.llmrun("resume", "--wait")
     site.ended()
-    assert "is done" in site.llmrun("resume")
+    assert "is finished" in site.llmrun("resume")
 
 
 def test_a_killed_driver_is_followed_by_another_at_once(site_on):

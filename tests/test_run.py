@@ -362,3 +362,50 @@ def test_a_look_reads_on_from_where_the_last_one_ended(run):
     with open(run.events_file(lives[-1]), "a") as file:
         file.write(json.dumps(ended(3)) + "\n")
     assert look()["exit_code"] == 3
+
+
+# ── several lives ──────────────────────────────────────────────────────────────
+
+
+def left(at, done, why="told to end (SIGTERM)", code=4, **facts):
+    return {**ended(code, at, done, **facts), "why": why}
+
+
+def test_the_counts_of_a_run_are_those_of_its_last_life(run):
+    """It was cancelled, resumed and cancelled again."""
+    again = llmrun.Life(8, 0, 0)
+    run.new_life(8, 0)
+    tell(run, LIFE, started(host="elsewhere"), left(120.0, 2))
+    tell(run, again, started(8, 130.0, host="elsewhere"), left(140.0, 7, "cancelled by you"))
+    state = llmrun.state_of(run, {})
+    assert (state["done"], state["state"], state["detail"]) == (7, "stopped", "cancelled by you")
+
+
+def test_why_a_run_ended_is_not_what_ended_its_life_before(run):
+    again = llmrun.Life(8, 0, 0)
+    run.new_life(8, 0)
+    tell(run, LIFE, started(host="elsewhere"), left(120.0, 2, "the model does not fit", 3))
+    tell(run, again, started(8, 130.0, host="elsewhere"), left(140.0, 7))
+    state = llmrun.state_of(run, {})
+    assert (state["exit_code"], state["detail"]) == (4, "told to end (SIGTERM)")
+
+
+def test_a_run_that_is_done_and_asks_its_failed_prompts_again_is_not_done(run):
+    tell(run, LIFE, started(host="elsewhere"), {**ended(1, time.time() - 5, 8), "failed": 2})
+    assert llmrun.state_of(run, {})["state"] == "done"
+    run.record_submit(9, shape=0)
+    state = llmrun.state_of(run, {})
+    assert (state["state"], state["exit_code"], state["failed"]) == ("pending", None, 2)
+
+
+def test_a_job_that_was_submitted_before_all_was_done_makes_nothing_undone(run):
+    run.record_submit(9, shape=0)
+    tell(run, LIFE, started(host="elsewhere"), ended(0, time.time() + 5))
+    assert llmrun.state_of(run, {})["state"] == "done"
+
+
+def test_a_run_of_which_every_prompt_failed_is_not_called_done(run):
+    tell(run, LIFE, started(host="elsewhere"), {**ended(1, 120.0, 0, answered=0), "failed": 10})
+    state = llmrun.state_of(run, {})
+    assert (state["state"], state["exit_code"]) == ("failed", 1)
+    assert llmrun.verdict(run, state).startswith("No prompt is answered, all 10 failed in 20s: ")

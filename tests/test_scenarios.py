@@ -64,7 +64,7 @@ def test_cancel_in_the_middle_leaves_the_finished_prompts_and_no_process(site):
     finished = len(site.journal())
     assert 3 <= finished < 40
     state = site.status()
-    assert (state["state"], state["exit_code"], state["detail"]) == ("stopped", 4, "cancelled (SIGTERM)"), state
+    assert (state["state"], state["exit_code"], state["detail"]) == ("stopped", 4, "cancelled by scancel"), state
     site.llmrun("results")
     assert len(site.results()) == finished
 
@@ -101,7 +101,7 @@ def test_a_new_user_gets_from_the_one_file_to_answers(site):
 
 def test_salloc_and_run_use_the_allocation(site):
     site.config(slurm={"nodes": 2})
-    done = subprocess.run(["salloc", "-N2", "--time=5", sys.executable, "llmrun.py", "run", "config.json"], cwd=site.folder,
+    done = subprocess.run(["salloc", "-N2", "--time=5", sys.executable, "llmrun.py", "run", "--here", "config.json"], cwd=site.folder,
                           env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=60)
     assert done.returncode == 0, done.stdout + site.job_output()
@@ -111,7 +111,7 @@ def test_salloc_and_run_use_the_allocation(site):
 
 def test_run_inside_an_interactive_step_uses_the_allocation(site):
     site.config(slurm={"nodes": 2})
-    done = subprocess.run(["salloc", "-N2", "--time=5", "srun", "-N1", "-n1", sys.executable, "llmrun.py", "run", "config.json"],
+    done = subprocess.run(["salloc", "-N2", "--time=5", "srun", "-N1", "-n1", sys.executable, "llmrun.py", "run", "--here", "config.json"],
                           cwd=site.folder, env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=60)
     assert done.returncode == 0, done.stdout + site.job_output()
@@ -355,7 +355,7 @@ def test_logs_and_results_show_a_run_by_name_job_or_folder(site):
 
 def test_run_in_too_small_an_allocation_says_so(site):
     site.config(slurm={"nodes": 3})
-    done = subprocess.run(["salloc", "-N2", "--time=5", sys.executable, "llmrun.py", "run", "config.json"], cwd=site.folder,
+    done = subprocess.run(["salloc", "-N2", "--time=5", sys.executable, "llmrun.py", "run", "--here", "config.json"], cwd=site.folder,
                           env=site.env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=60)
     assert done.returncode == 2, done.stdout
@@ -366,7 +366,7 @@ def test_a_run_whose_job_slurm_has_forgotten_is_known_by_its_own_files(site):
     """Minutes after a job's end squeue knows no such job, and says so as an error."""
     site.llmrun("submit", "config.json", "--wait")
     site.shim("squeue", '[[ "$*" == *-j* ]]', "echo 'slurm_load_jobs error: Invalid job id specified' >&2", "exit 1")
-    assert "done" in site.llmrun("status") and "is done" in site.llmrun("resume")
+    assert "done" in site.llmrun("status") and "is finished" in site.llmrun("resume")
     site.shim("squeue", '[[ "$*" == *-j* ]]', "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2", "exit 1")
     assert "squeue" in site.llmrun("status", code=3) and "sinfo" in site.output
 

@@ -74,7 +74,7 @@ def write_folder(folder):
 
 def ours(folder):
     """(seconds from the engine's first ready moment to the last answer, the engine's command line)."""
-    subprocess.run([sys.executable, "llmrun.py", "run", "config.json"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "llmrun.py", "run", "--here", "config.json"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     run = sorted(folder.glob("runs/*"), key=lambda path: path.stat().st_mtime)[-1]
     events = [json.loads(line) for path in run.glob("events/*.jsonl") for line in path.read_text().splitlines()]
     at = {event["event"]: event for event in events}
