@@ -1940,7 +1940,7 @@ def state_of(run, jobs):
 
 
 def if_cancelled(run, found):
-    """The state of a run with work left; where its user cancelled it, that is why, whatever Slurm and its signals tell."""
+    """The state of a run with work left; where its user cancelled it, that is why, whatever Slurm tells."""
     if found["exit_code"] is None or not run.stop_file.exists():
         return found
     return {"state": "stopped", "detail": CANCELLED, "exit_code": WORK_LEFT}
@@ -6063,6 +6063,9 @@ class Work:
         """Write what users read, when nobody goes on; False if another life has done so."""
         return True
 
+    def show(self):
+        """Write what users read so far, when others go on, if that is quick."""
+
     def counts(self):
         """What the life's last event tells beside its ending."""
         return {}
@@ -6073,6 +6076,7 @@ class Prompts(Work):
 
     name = "prompts"
     TEND_S = Claims.LOOK_S
+    QUICK = 300_000  # prompts, whose results are written in some seconds: Slurm leaves half a minute after a requeue
 
     def __init__(self, run, config, claims, journal, tell):
         self.run, self.config, self.claims, self.journal, self.tell = run, config, claims, journal, tell
@@ -6205,6 +6209,10 @@ class Prompts(Work):
         summary = {**found, "completion_tokens": tokens, "results": str(folder)}
         write_file(self.run.summary, json.dumps(summary, indent=1) + "\n")
         return True
+
+    def show(self):
+        if len(self.claims.marks.state) <= self.QUICK:
+            write_results(self.run, self.config, self.claims.marks)
 
     def counts(self):
         marks, tally = self.claims.marks, self.tally
@@ -6355,6 +6363,9 @@ class Driver:
                 first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
                 if first and work.finished:
                     self.cancel_waiting()
+            else:
+                with contextlib.suppress(OSError):
+                    work.show()
             return ending
         except OSError as error:
             return Ending(CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; "
@@ -7230,7 +7241,7 @@ def command_help_table():
         ("submit", command_submit, "submit a run to Slurm", config + as_json + wait + [
             ("--dry-run", {"action": "store_true", "help": "print the batch script and stop"}),
             ("--join", {"default": "", "metavar": "RUN",
-                        "help": "add a job to this run instead: like its first, or as the config or --set say"}), run[1]]),
+                        "help": "add a job to this run: like its first, or as the config or --set say"}), run[1]]),
         ("run", command_run, "run here: this machine, or the allocation this shell is in", config + as_json + [
             ("--here", {"action": "store_true", "help": "even where this machine has to stand for several nodes"})]),
         ("resume", command_resume, "go on with a run that stopped with work left", run + config[1:] + as_json + wait + [
