@@ -636,15 +636,16 @@ class PromptsConfig:
     """What is asked."""
 
     system: str = key("", PATH, "A text file with the system prompt.", example="prompts/system.txt")
-    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count. Or a .jsonl "
-                    "of OpenAI Batch requests, or a .jsonl or .csv of rows (see template), or a pattern as in "
-                    "\"in/*.csv\". \"-\" reads JSONL rows from standard input.", example="prompts/user")
+    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count, hidden files "
+                    "and editors' copies (name~, name.bak) do not. Or a .jsonl of OpenAI Batch requests, or a .jsonl "
+                    "or .csv of rows (see template), or a pattern as in \"in/*.csv\". \"-\" reads JSONL rows from "
+                    "standard input.", example="prompts/user")
     template: str = key("", NODE_TEXT, "How a row becomes a prompt, as in \"Translate: {text}\", or a file that says "
                         "it. The system prompt may hold {columns} too.")
     id_column: str = key("", TEXT, "The column that names each row in the results; by default its number.")
     samples: int = key(1, number_between(1, 100000), "How often each prompt is asked, each time with another seed.")
-    on_bad_row: str = key("fail", choice("fail", "skip"), "What to do with a row that cannot be asked: fail before "
-                          "anything starts, or skip it and say so.")
+    on_bad_row: str = key("fail", choice("fail", "skip"), "What to do with a row or a file that cannot be "
+                          "asked, as one that is empty or no text: fail before anything starts, or skip it and say so.")
     max_tokens: int = key(1024, number_between(1, 2**24), "The longest answer, in tokens.", example=1024)
     params: Dict[str, Any] = key({}, TABLE, "More of each request, as in temperature = 0.2 or seed = 1.")
 
@@ -764,6 +765,15 @@ def parse_config_text(text, source):
 MAX_CONFIG_BYTES = 2**20
 
 
+class NotText(UserError):
+    """A file that the user names holds something other than UTF-8 text."""
+
+    def __init__(self, path, line, what):
+        super().__init__(f"{path}:{line}", f"the {what} is not UTF-8 text",
+                         "save it as UTF-8, or convert it with iconv")
+        self.line = line
+
+
 def read_user_file(path, what):
     """The text of a file that the user names; whatever is wrong with it is said in one line."""
     try:
@@ -778,9 +788,7 @@ def read_user_file(path, what):
     try:
         return data.decode().lstrip("\ufeff")  # editors on Windows begin a file so
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}", f"the {what} is not UTF-8 text",
-                        "save it as UTF-8, or convert it with iconv")
+        raise NotText(path, data.count(b"\n", 0, error.start) + 1, what)
 
 
 def apply_override(data, override):
@@ -4002,7 +4010,11 @@ class Asking:
     @staticmethod
     def file_text(source, record):
         path = os.path.join(source.path, record["path"])
-        text = read_user_file(path, "prompt")
+        try:
+            text = read_user_file(path, "prompt")
+        except NotText as error:
+            raise BadRow(f"not UTF-8 text in line {error.line}; every file in the folder is a prompt: move this one "
+                         "elsewhere, or save it as UTF-8")
         if text_digest(text) != record["digest"]:
             raise UserError(path, CHANGED.format("prompt"), PUT_BACK)
         return text
@@ -4287,7 +4299,7 @@ def freeze(config, model, tell=lambda done, total: None):
     sources, skipped, hashes = [], [], array.array("q")
     for number, (kind, path) in enumerate(find_sources(config)):
         row_file, index_file = (os.path.join(spool.name, f"{number}.{ending}") for ending in ("rows", "index"))
-        source = Source(kind, path, make_row_file(kind, path, row_file), 0, 0, 0, "", [], "")
+        source = Source(kind, path, make_row_file(kind, path, row_file, skipped), 0, 0, 0, "", [], "")
         sources.append(scan_source(source, index_file, asking, skipped, hashes, tell))
     if not any(source.rows for source in sources):
         if skipped:
@@ -4327,7 +4339,10 @@ def find_sources(config):
     return found
 
 
-def make_row_file(kind, path, made):
+EDITORS_COPY = re.compile(r".*~|#.*#|.*\.(sw[op]|bak|orig)", re.IGNORECASE | re.DOTALL)
+
+
+def make_row_file(kind, path, made, skipped):
     """The file with a source's rows: of a folder, a list of its files and what each holds now."""
     if kind == "jsonl" and path == "-":
         with open(made, "wb") as rows:
@@ -4336,10 +4351,15 @@ def make_row_file(kind, path, made):
         with open(made, "w") as rows:
             for name in prompt_files(path):
                 file = os.path.join(path, name)
+                if EDITORS_COPY.fullmatch(os.path.basename(name)):
+                    skipped.append(f"{file}: an editor's copy of a file, no prompt")
+                    continue
                 if os.path.exists(file) and not os.path.isfile(file):
                     raise UserError(file, "neither a file nor a folder", "remove it")
-                text = read_user_file(file, "prompt")
-                rows.write(json.dumps({"path": name, "digest": text_digest(text)}) + "\n")
+                digest = ""
+                with contextlib.suppress(NotText):  # which is said when it is to be asked
+                    digest = text_digest(read_user_file(file, "prompt"))
+                rows.write(json.dumps({"path": name, "digest": digest}) + "\n")
     else:
         return path
     return made
@@ -6553,7 +6573,7 @@ def describe(prepared):
                  + (f", each asked {config.prompts.samples} times" if config.prompts.samples > 1 else ""))
     skipped = prepared.prompts.skipped
     if skipped:
-        lines.append(f"skipped   {len(skipped)} rows that cannot be asked; the first: {skipped[0]}")
+        lines.append(f"skipped   {len(skipped)}; the first: {skipped[0]}")
     return lines
 
 

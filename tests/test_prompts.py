@@ -542,6 +542,25 @@ def test_a_skipped_empty_text_is_named_by_its_file(tmp_path):
     assert len(frozen) == 1 and "a.txt: the prompt is empty" in frozen.skipped[0]
 
 
+@pytest.mark.parametrize("data, line", [(b"\x89PNG\r\n\x1a\n\0\1", 1), ("ok\nCaf\xe9\n".encode("latin-1"), 2)], ids=["image", "latin-1"])
+def test_a_file_that_is_no_text_is_skipped_as_an_empty_one_is(tmp_path, data, line):
+    """Else it is named, with the rule by which it is a prompt."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.png").write_bytes(data)
+    (tmp_path / "texts" / "b.txt").write_text("hi")
+    frozen = llmrun.freeze(config_for(tmp_path, "texts", on_bad_row="skip"), "m")
+    assert len(frozen) == 1 and f"a.png: not UTF-8 text in line {line}" in frozen.skipped[0]
+    with pytest.raises(llmrun.UserError, match=rf"a.png: not UTF-8 text in line {line}; every file in the folder is a prompt.*on_bad_row"):
+        llmrun.freeze(config_for(tmp_path, "texts"), "m")
+
+
+def test_what_editors_leave_behind_is_no_prompt_and_is_told(tmp_path):
+    left = ["b.txt~", "#b.txt#", "a/c.txt.swp", "c.BAK", "d.txt.orig"]
+    frozen = llmrun.freeze(texts(tmp_path, "b.txt", "a/c#1.txt", "#2.txt", ".#b.txt", "swp", *left), "m")
+    assert len(frozen) == 4 and [line.partition(": ")[0] for line in frozen.skipped] == [
+        str(tmp_path / "texts" / name) for name in sorted(left)]
+
+
 def test_a_pipe_among_the_prompts_is_refused(tmp_path):
     (tmp_path / "texts").mkdir()
     os.mkfifo(tmp_path / "texts" / "pipe.txt")
