@@ -1,5 +1,6 @@
 """What users type, beyond a run that goes well."""
 
+import csv
 import json
 import os
 import signal
@@ -91,6 +92,61 @@ def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
     names = [line["custom_id"] for line in here.journal()]
     assert len(names) == 7 and names.count("part0/000.txt") == 2
     assert json.loads((here.run / "summary.json").read_text())["failed"] == 1
+
+
+# ── results ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sampled(here):
+    """A user without Slurm whose rows were each asked twice, and answered."""
+    (here.folder / "in.csv").write_text('id,word,answer\n1,sea,Meer\n2,"sky, blue",Himmel\n')
+    here.config(prompts={"user": "in.csv", "template": "Say {word}", "samples": 2}, results={"columns": ["error"]})
+    here.llmrun("run", "config.json")
+    return here
+
+
+def test_each_form_of_results_tells_the_samples_apart(sampled):
+    def shown(*words):
+        return sampled.llmrun("results", *words).splitlines()
+    names, numbers = ["in-1#1", "in-1#2", "in-2#1", "in-2#2"], [("1", "0"), ("2", "1")] * 2
+    assert [tuple(line.split("\t")[:3]) for line in shown()] == [(name, *number) for name, number in zip(names, numbers)]
+    rows = list(csv.DictReader(shown("--format", "csv")))
+    assert [(row["custom_id"], (row["sample"], row["seed"])) for row in rows] == list(zip(names, numbers))
+    records = [json.loads(line) for line in shown("--json")]
+    assert [(r["custom_id"], (str(r["llmrun"]["sample"]), str(r["llmrun"]["seed"]))) for r in records] == list(zip(names, numbers))
+    assert [line for line in shown("--format", "text") if line.startswith("──")] == [f"── {name}" for name in names]
+
+
+def test_results_can_show_what_was_asked_and_the_rows_own_columns(sampled):
+    row = list(csv.DictReader(sampled.llmrun("results", "--format", "csv").splitlines()))[1]
+    assert float(row.pop("time_s")) and row == {"custom_id": "in-1#2", "sample": "2", "seed": "1", "id": "1", "word": "sea", "answer": "Meer", "prompt": "Say sea",
+                   "answer_2": "Say sea", "reasoning": "", "finish_reason": "stop", "prompt_tokens": "2", "completion_tokens": "2", "error": ""}
+    wanted = ["results", "--columns", "word, sample,prompt,answer,answer_2", "--format"]
+    said = [["word", "sample", "prompt", "answer", "answer_2"], ["sea", "1", "Say sea", "Meer", "Say sea"], ["sea", "2", "Say sea", "Meer", "Say sea"]]
+    assert list(csv.reader(sampled.llmrun(*wanted, "csv").splitlines()))[:3] == said
+    assert [line.split("\t") for line in sampled.llmrun(*wanted, "table", "--header").splitlines()][:3] == said
+    assert sampled.llmrun("results", "--header").splitlines()[0].split("\t") == ["PROMPT", "SAMPLE", "SEED", "TOKENS", "TIME", "ANSWER"]
+    said = sampled.llmrun("results", "--columns", "wrod", code=2)
+    assert '--columns wrod: no such column; did you mean "word"?' in said
+    (sampled.folder / "in.csv").write_text("id,word,answer\n1,other,x\n")
+    rows = list(csv.DictReader(sampled.llmrun("results", "--format", "csv").splitlines()))
+    assert [(row["word"], row["prompt"], row["answer_2"]) for row in rows[:2]] == [("", "", "Say sea")] * 2, "what was asked is not there any more"
+
+
+def test_what_was_asked_is_shown_of_texts_and_of_requests(here):
+    body = {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}]}
+    (here.folder / "prompts" / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": body}) + "\n")
+    (here.folder / "prompts" / "more.jsonl").write_text('{"word": "sea", "n": [1, null]}\n')
+    here.config(prompts={"user": "prompts/*", "template": "{word}?"})
+    here.llmrun("run", "config.json")
+    rows = {row["custom_id"]: row for row in csv.DictReader(here.llmrun("results", "--format", "csv").splitlines())}
+    assert rows["a"]["prompt"] == "hi" and rows["a"]["word"] == ""
+    assert (rows["more-1"]["prompt"], rows["more-1"]["n"]) == ("sea?", "[1, null]")
+    assert [row["n"] for name, row in rows.items() if name != "more-1"] == [""] * (len(rows) - 1) and len(rows) == 8
+    here.config(prompts={"user": "prompts/part0", "template": ""})
+    here.llmrun("run", "config.json")
+    assert "000.txt\tQuestion 0: what comes after 0?" in here.llmrun("results", "--columns", "custom_id,prompt")
 
 
 # ── cancel ─────────────────────────────────────────────────────────────────────
