@@ -7269,6 +7269,12 @@ def make_parser(wanted):
     return parser
 
 
+def interrupted_once(number, frame):
+    """What SIGINT does to a command: another one would tear a traceback out of what the first has begun to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv=None):
     """Run one command; errors become one line, and the exit code says of which kind they are."""
     words = sys.argv[1:] if argv is None else argv
@@ -7281,6 +7287,8 @@ def main(argv=None):
             return serve_agent(words[1])
         if words[:1] == ["echo"] and len(words) in (4, 5):
             return serve_echo(*words[1:])
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted_once)
         args = make_parser(words[0] if words else "").parse_args(words)
         if not args.command:
             say(where_am_i())

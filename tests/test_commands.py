@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import llmrun
 import pytest
 from conftest import wait_for
+from test_others import shown_on_terminal
 
 
 @pytest.fixture
@@ -94,6 +96,23 @@ def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
     assert json.loads((here.run / "summary.json").read_text())["failed"] == 1
 
 
+@pytest.mark.parametrize("words", ["logs -f", "results -f"])
+def test_whoever_interrupts_twice_reads_no_more_than_who_does_once(here, words):
+    here.config(engine={"args": ["3"]})
+    running = here.start("run", "config.json")
+    here.wait_for_event("ready")
+    for pause_s in (0, 0.001, 0.003, 0.01, 0.02):
+        following = here.start(*words.split())
+        assert following.stdout.readline(), "it shows what there is"
+        for _ in range(2):
+            following.send_signal(signal.SIGINT)
+            time.sleep(pause_s)
+        said, _ = following.communicate(timeout=10)
+        assert "Traceback" not in said and following.returncode == 130, said
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=10)
+
+
 # ── results ────────────────────────────────────────────────────────────────────
 
 
@@ -104,6 +123,17 @@ def sampled(here):
     here.config(prompts={"user": "in.csv", "template": "Say {word}", "samples": 2}, results={"columns": ["error"]})
     here.llmrun("run", "config.json")
     return here
+
+
+def test_results_that_are_followed_on_a_terminal_have_one_header(here):
+    here.config(engine={"args": ["0.8"]})
+    running = here.start("run", "config.json")
+    here.wait_for_event("ready")
+    lines = shown_on_terminal(here.folder, "results", "-f").splitlines()
+    running.communicate(timeout=20)
+    assert [line.split()[0] for line in lines if line.startswith("P")] == ["PROMPT"] and "PROMPT" in lines[0]
+    assert sorted(line.split()[0] for line in lines[1:]) == sorted(here.results()), lines
+    assert len({line.index("Question") for line in lines[1:]}) == 1, "the columns of all batches are one below the other"
 
 
 def test_each_form_of_results_tells_the_samples_apart(sampled):
