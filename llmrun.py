@@ -384,6 +384,18 @@ class Kind(NamedTuple):
     words: str
     convert: Callable
 
+    def wrong(self, error):
+        """What is wrong with a value of which that was said."""
+        return error.what if isinstance(error, WrongPart) else f"not {self.words}"
+
+
+class WrongPart(ValueError):
+    """A value is of its kind, but for this; the text is the mend."""
+
+    def __init__(self, what, mend):
+        super().__init__(mend)
+        self.what = what
+
 
 def expand(value, base):
     if not isinstance(value, str):
@@ -429,7 +441,8 @@ def number_between(least, most):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"write a whole number, as in {max(least, 1)}")
         if not least <= value <= most:
-            raise ValueError(f"write a number from {least} to {most}")
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise WrongPart(f"not {bound}", f"write a number from {least} to {most}")
         return value
     return Kind("a whole number", convert)
 
@@ -458,10 +471,16 @@ def flag(value, base):
 
 
 def list_of(kind):
+    def item_of(item, base):
+        try:
+            return kind.convert(item, base)
+        except ValueError as error:
+            raise WrongPart(f"{json.dumps(item, default=str)} is {kind.wrong(error)}", error)
+
     def convert(value, base):
         if not isinstance(value, list):
             raise ValueError("write a list, as in [\"a\", \"b\"]")
-        return [kind.convert(item, base) for item in value]
+        return [item_of(item, base) for item in value]
     return Kind(f"a list, each {kind.words}", convert)
 
 
@@ -728,7 +747,7 @@ def build_config(schema, data, source, base, table=""):
         try:
             values[name] = field.metadata["kind"].convert(given, base)
         except ValueError as error:
-            raise key_error(source, dotted, given, f"not {field.metadata['kind'].words}", error)
+            raise key_error(source, dotted, given, field.metadata["kind"].wrong(error), error)
     return schema(**values)
 
 
@@ -3961,7 +3980,8 @@ class Asking:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
         column = self.config.id_column
-        custom_id = fill("{%s}" % column, record) if column else source.row_name(number)
+        named = ", which [prompts] id_column names"
+        custom_id = column_of(record, column, named) if column else source.row_name(number)
         text = fill(self.template, record)
         if not custom_id.strip():
             raise BadRow(f"its {self.config.id_column} is empty; give each row a name of its own")
@@ -4037,16 +4057,20 @@ def question_of(body):
     return as_text(asked.get("content") if isinstance(asked, dict) else asked)
 
 
+def column_of(row, name, which="", mend=""):
+    """The text in a column of a row."""
+    if name not in row:
+        raise BadRow(f"there is no column {name}{which}; {nearest(name, row) or 'there are ' + ', '.join(row)}{mend}")
+    return as_text(row[name])
+
+
 def fill(template, row):
     """A template with the row's columns in its {places}; {{ and }} are braces."""
     def value(match):
         name = match.group(1)
         if name is None:
             return match.group()[0]
-        if name not in row:
-            mend = nearest(name, row) or "there are " + ", ".join(map(str, row))
-            raise BadRow(f"there is no column {name}; {mend}; braces that are text are written {{{{ and }}}}")
-        return as_text(row[name])
+        return column_of(row, name, mend="; braces that are text are written {{ and }}")
     return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
 
 

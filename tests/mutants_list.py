@@ -80,6 +80,8 @@ BASICS = [
 ]
 
 CONFIG = [
+    fault("a list is called none where one of its items is wrong", '            raise WrongPart(f"{json.dumps(item, default=str)} is', '            raise ValueError(f"{json.dumps(item, default=str)} is',
+          "test_bad_input.py::test_what_is_wrong_with_a_value_is_said_of_that_which_is_wrong"),
     fault("paths start from where the user stands", "os.path.normpath(os.path.join(base, value))", "os.path.abspath(value)",
           "test_config.py::test_paths_start_from_the_config_file_and_expand"),
     fault("what means the node's is expanded at submit",
@@ -619,6 +621,8 @@ INPUT = [
     fault("an image among the prompts cannot be skipped", "        except NotText as error:\n            raise BadRow(",
           "        except NotText as error:\n            raise UserError(path, ",
           "test_prompts.py::test_a_file_that_is_no_text_is_skipped_as_an_empty_one_is"),
+    fault("a wrong id_column is answered with braces", "column_of(record, column, named) if column", 'fill("{%s}" % column, record) if column',
+          "test_prompts.py::test_an_id_column_that_is_none_is_named_and_not_answered_with_braces"),
     fault("a table with semicolons is one column", "    return max(SEPARATORS, key=", "    return min(SEPARATORS, key=",
           "test_prompts.py::test_a_table_may_be_separated_otherwise_and_comes_back_so"),
     fault("a column of the input is hidden by the answers'", "for free in itertools.chain([name], others) if free not in found",

@@ -186,6 +186,15 @@ def test_a_bad_csv_row_is_named_by_file_and_line(tmp_path, text, where, what):
     assert where in str(caught.value) and what in str(caught.value)
 
 
+@pytest.mark.parametrize("column, words", [("wrod", 'did you mean "word"?'), ("q", "there are id, word")])
+def test_an_id_column_that_is_none_is_named_and_not_answered_with_braces(tmp_path, column, words):
+    (tmp_path / "in.csv").write_text("id,word\n1,sea\n")
+    with pytest.raises(llmrun.UserError) as caught:
+        llmrun.freeze(config_for(tmp_path, "in.csv", template="{word}", id_column=column), "m")
+    assert f"in.csv:2: there is no column {column}, which [prompts] id_column names; {words}" in str(caught.value)
+    assert "{" not in str(caught.value)
+
+
 def test_a_name_that_stands_twice_among_many_is_named_with_both_places(tmp_path):
     for file in "ab":
         write_jsonl(tmp_path / f"{file}.jsonl", [batch_row(f"{file}{number}") for number in range(2000)] + [batch_row("same")] * (file == "a"))
