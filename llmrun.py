@@ -7077,6 +7077,9 @@ def command_cancel(args):
 
 
 def command_results(args):
+    form = "jsonl" if args.json else args.format
+    if args.columns and form not in ("csv", "table"):
+        raise UserError(f"--columns {args.columns}", f"{form} has no columns", "add --format csv, or --format table")
     run = find_run(args)
     config = run.config()
     prompts = Input.load(run, config, model_name(config))
@@ -7087,7 +7090,7 @@ def command_results(args):
         written = f"the files could not be written: {os_reason(error)}"
         log(written)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
-    show = RESULT_FORMATS["jsonl" if args.json else args.format](prompts, args)
+    show = RESULT_FORMATS[form](prompts, args)
     places = {segment.path: end for segment, end in zip(marks.segments, marks.read_to)}
     show(line for _, line in marks.lines(states))
     if args.follow:

@@ -159,6 +159,7 @@ def test_results_can_show_what_was_asked_and_the_rows_own_columns(sampled):
     assert sampled.llmrun("results", "--header").splitlines()[0].split("\t") == ["PROMPT", "SAMPLE", "SEED", "TOKENS", "TIME", "ANSWER"]
     said = sampled.llmrun("results", "--columns", "wrod", code=2)
     assert '--columns wrod: no such column; did you mean "word"?' in said
+    assert "--columns word: jsonl has no columns; add --format csv" in sampled.llmrun("results", "--columns", "word", "--json", code=2)
     (sampled.folder / "in.csv").write_text("id,word,answer\n1,other,x\n")
     rows = list(csv.DictReader(sampled.llmrun("results", "--format", "csv").splitlines()))
     assert [(row["word"], row["prompt"], row["answer_2"]) for row in rows[:2]] == [("", "", "Say sea")] * 2, "what was asked is not there any more"
