@@ -384,6 +384,18 @@ class Kind(NamedTuple):
     words: str
     convert: Callable
 
+    def wrong(self, error):
+        """What is wrong with a value of which that was said."""
+        return error.what if isinstance(error, WrongPart) else f"not {self.words}"
+
+
+class WrongPart(ValueError):
+    """A value is of its kind, but for this; the text is the mend."""
+
+    def __init__(self, what, mend):
+        super().__init__(mend)
+        self.what = what
+
 
 def expand(value, base):
     if not isinstance(value, str):
@@ -429,7 +441,8 @@ def number_between(least, most):
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"write a whole number, as in {max(least, 1)}")
         if not least <= value <= most:
-            raise ValueError(f"write a number from {least} to {most}")
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise WrongPart(f"not {bound}", f"write a number from {least} to {most}")
         return value
     return Kind("a whole number", convert)
 
@@ -458,10 +471,16 @@ def flag(value, base):
 
 
 def list_of(kind):
+    def item_of(item, base):
+        try:
+            return kind.convert(item, base)
+        except ValueError as error:
+            raise WrongPart(f"{json.dumps(item, default=str)} is {kind.wrong(error)}", error)
+
     def convert(value, base):
         if not isinstance(value, list):
             raise ValueError("write a list, as in [\"a\", \"b\"]")
-        return [kind.convert(item, base) for item in value]
+        return [item_of(item, base) for item in value]
     return Kind(f"a list, each {kind.words}", convert)
 
 
@@ -636,15 +655,17 @@ class PromptsConfig:
     """What is asked."""
 
     system: str = key("", PATH, "A text file with the system prompt.", example="prompts/system.txt")
-    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count. Or a .jsonl "
-                    "of OpenAI Batch requests, or a .jsonl or .csv of rows (see template), or a pattern as in "
-                    "\"in/*.csv\". \"-\" reads JSONL rows from standard input.", example="prompts/user")
+    user: str = key("prompts/user", PATH, "A folder of text files, one prompt each; sub-folders count, hidden files "
+                    "and editors' copies (name~, name.bak) do not. Or a .jsonl of OpenAI Batch requests, or a .jsonl, "
+                    ".csv or .tsv of rows (see template), or a pattern as in \"in/*.csv\". \"-\" reads JSONL rows from "
+                    "standard input.", example="prompts/user")
     template: str = key("", NODE_TEXT, "How a row becomes a prompt, as in \"Translate: {text}\", or a file that says "
                         "it. The system prompt may hold {columns} too.")
     id_column: str = key("", TEXT, "The column that names each row in the results; by default its number.")
-    samples: int = key(1, number_between(1, 100000), "How often each prompt is asked, each time with another seed.")
-    on_bad_row: str = key("fail", choice("fail", "skip"), "What to do with a row that cannot be asked: fail before "
-                          "anything starts, or skip it and say so.")
+    samples: int = key(1, number_between(1, 100000), "How often each prompt is asked, each time with another seed; the "
+                       "answers tell their sample, from 1, and their seed.")
+    on_bad_row: str = key("fail", choice("fail", "skip"), "What to do with a row or a file that cannot be "
+                          "asked, as one that is empty or no text: fail before anything starts, or skip it and say so.")
     max_tokens: int = key(1024, number_between(1, 2**24), "The longest answer, in tokens.", example=1024)
     params: Dict[str, Any] = key({}, TABLE, "More of each request, as in temperature = 0.2 or seed = 1.")
 
@@ -656,8 +677,8 @@ class ResultsConfig:
     folder: str = key("", PATH, "The folder of the answers; by default results/ in the run's folder.")
     file_name: str = key("{path}", TEXT, "The name of each answer's file: {path} is the prompt's path, {name} its "
                          "name without folder and ending.")
-    columns: List[str] = key(["answer"], list_of(choice(*ANSWER_COLUMNS)), "What is added to each row of a CSV: "
-                             + ", ".join(ANSWER_COLUMNS) + ".")
+    columns: List[str] = key(["answer"], list_of(choice(*ANSWER_COLUMNS)), "What is added to each row of a table: "
+                             + ", ".join(ANSWER_COLUMNS) + ". Where it has such a column, the new one is answer_2.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -726,7 +747,7 @@ def build_config(schema, data, source, base, table=""):
         try:
             values[name] = field.metadata["kind"].convert(given, base)
         except ValueError as error:
-            raise key_error(source, dotted, given, f"not {field.metadata['kind'].words}", error)
+            raise key_error(source, dotted, given, field.metadata["kind"].wrong(error), error)
     return schema(**values)
 
 
@@ -764,6 +785,15 @@ def parse_config_text(text, source):
 MAX_CONFIG_BYTES = 2**20
 
 
+class NotText(UserError):
+    """A file that the user names holds something other than UTF-8 text."""
+
+    def __init__(self, path, line, what):
+        super().__init__(f"{path}:{line}", f"the {what} is not UTF-8 text",
+                         "save it as UTF-8, or convert it with iconv")
+        self.line = line
+
+
 def read_user_file(path, what):
     """The text of a file that the user names; whatever is wrong with it is said in one line."""
     try:
@@ -778,9 +808,7 @@ def read_user_file(path, what):
     try:
         return data.decode().lstrip("\ufeff")  # editors on Windows begin a file so
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}", f"the {what} is not UTF-8 text",
-                        "save it as UTF-8, or convert it with iconv")
+        raise NotText(path, data.count(b"\n", 0, error.start) + 1, what)
 
 
 def apply_override(data, override):
@@ -3932,6 +3960,7 @@ class Prompt(NamedTuple):
     custom_id: str
     url: str
     body: bytes
+    seed: Optional[int] = None  # of one of several samples
 
 
 class Source(NamedTuple):
@@ -3946,6 +3975,7 @@ class Source(NamedTuple):
     digest: str
     columns: List[str]
     splice: str  # what goes before each row's own body, where all rows are alike enough for that; else ""
+    separator: str = ","  # of a CSV
 
     def looks_like(self, found):
         """By the size and time of a file it can be told quickly that it is the same."""
@@ -3986,19 +4016,23 @@ class Asking:
             if not text.strip():
                 raise BadRow("the prompt is empty; write a question in it, or remove the file")
             return record["path"], CHAT, self.chat(self.system, text)
-        if "body" in record and "custom_id" in record and (isinstance(record["body"], dict) or not self.template):
+        if self.is_batch(record):
             return self.of_batch(record)
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
         column = self.config.id_column
-        custom_id = fill("{%s}" % column, record) if column else source.row_name(number)
+        named = ", which [prompts] id_column names"
+        custom_id = column_of(record, column, named) if column else source.row_name(number)
         text = fill(self.template, record)
         if not custom_id.strip():
             raise BadRow(f"its {self.config.id_column} is empty; give each row a name of its own")
         if not text.strip():
             raise BadRow("the row gives an empty prompt; fill its columns or remove it")
         return custom_id, CHAT, self.chat(fill(self.system, record), text)
+
+    def is_batch(self, record):
+        return "body" in record and "custom_id" in record and (isinstance(record["body"], dict) or not self.template)
 
     def of_batch(self, record):
         custom_id, url, body = record["custom_id"], record.get("url", CHAT), record["body"]
@@ -4044,10 +4078,32 @@ class Asking:
     @staticmethod
     def file_text(source, record):
         path = os.path.join(source.path, record["path"])
-        text = read_user_file(path, "prompt")
+        try:
+            text = read_user_file(path, "prompt")
+        except NotText as error:
+            raise BadRow(f"not UTF-8 text in line {error.line}; every file in the folder is a prompt: move this one "
+                         "elsewhere, or save it as UTF-8")
         if text_digest(text) != record["digest"]:
             raise UserError(path, CHANGED.format("prompt"), PUT_BACK)
         return text
+
+
+def as_text(value):
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def question_of(body):
+    """What a request asks: its last message, its prompt or its input."""
+    messages = body.get("messages")
+    asked = messages[-1] if isinstance(messages, list) else body.get("prompt", body.get("input"))
+    return as_text(asked.get("content") if isinstance(asked, dict) else asked)
+
+
+def column_of(row, name, which="", mend=""):
+    """The text in a column of a row."""
+    if name not in row:
+        raise BadRow(f"there is no column {name}{which}; {nearest(name, row) or 'there are ' + ', '.join(row)}{mend}")
+    return as_text(row[name])
 
 
 def fill(template, row):
@@ -4056,10 +4112,7 @@ def fill(template, row):
         name = match.group(1)
         if name is None:
             return match.group()[0]
-        if name not in row:
-            mend = nearest(name, row) or "there are " + ", ".join(map(str, row))
-            raise BadRow(f"there is no column {name}; {mend}; braces that are text are written {{{{ and }}}}")
-        return row[name] if isinstance(row[name], str) else json.dumps(row[name], ensure_ascii=False)
+        return column_of(row, name, mend="; braces that are text are written {{ and }}")
     return re.sub(r"\{\{|\}\}|\{([^{}]+)\}", value, template)
 
 
@@ -4077,12 +4130,13 @@ def cut_record(data):
         return None
 
 
-def read_record(kind, columns, data, fields=None):
+def read_record(source, data, fields=None):
     """The record in a row's bytes; `fields` are a table's where they were read already."""
-    if kind == "csv":
-        fields = fields or next(csv.reader(io.StringIO(data.decode(), newline="")), [])
+    if source.kind == "csv":
+        fields, columns = fields or table_fields(data.decode(), source.separator), source.columns
         if len(fields) != len(columns):
-            raise BadRow(f"{len(fields)} fields where the header has {len(columns)}; quote fields that hold commas")
+            name = SEPARATORS[source.separator]
+            raise BadRow(f"{len(fields)} fields where the header has {len(columns)}; quote fields that hold {name}")
         return dict(zip(columns, fields))
     try:
         record = read_json(data)
@@ -4095,16 +4149,33 @@ def read_record(kind, columns, data, fields=None):
     return record
 
 
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def table_fields(text, separator):
+    return next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+
+
+def separator_of(source):
+    """What stands between a table's columns: what its header has most of outside quotes. Where a comma is the decimal
+    point, spreadsheets write semicolons."""
+    if source.path.lower().endswith(".tsv"):
+        return "\t"
+    with open(source.row_file, "rb") as file:
+        header = next(filter(bytes.strip, file), b"").decode(errors="replace")
+    return max(SEPARATORS, key=re.sub('"[^"]*"', "", header).count)
+
+
 class RowScanner:
     """Runs once through a row file: (line number, offset, bytes, fields of a table) of each row, and on the way its
     digest."""
 
-    def __init__(self, file, kind):
-        self.file, self.kind = file, kind
+    def __init__(self, file, source):
+        self.file, self.source = file, source
         self.hash, self.at, self.line = hashlib.sha256(), 0, 0
 
     def __iter__(self):
-        if self.kind == "csv":
+        if self.source.kind == "csv":
             yield from self.csv_rows()
             return
         for data in self.lines():
@@ -4131,7 +4202,7 @@ class RowScanner:
                 taken.append(data)
                 yield data.decode()
         try:
-            for fields in csv.reader(texts(), strict=True):
+            for fields in csv.reader(texts(), strict=True, delimiter=self.source.separator):
                 data = b"".join(taken)
                 first, taken[:] = self.line - len(taken) + 1, []
                 if fields:
@@ -4219,7 +4290,7 @@ class Input:
 
     def record(self, key):
         source = self.sources[key[0]]
-        return read_record(source.kind, source.columns, self.rows[key[0]][key[1]])
+        return read_record(source, self.rows[key[0]][key[1]])
 
     def text_names(self, source):
         """The files of a folder that are asked, by their rows."""
@@ -4245,12 +4316,31 @@ class Input:
         if self.samples > 1:
             body = {**body, "seed": int(body.get("seed") or 0) + key[2]}
             custom_id = f"{custom_id}#{key[2] + 1}"
-        return Prompt(key, custom_id, url, json.dumps(body, ensure_ascii=False).encode())
+        seed = body["seed"] if self.samples > 1 else None
+        return Prompt(key, custom_id, url, json.dumps(body, ensure_ascii=False).encode(), seed)
+
+    def asked(self, key):
+        """(its row's own columns, what it asks) of a prompt; nothing where that is not there any more as it was."""
+        source = self.sources[key[0]]
+        try:
+            record = read_record(source, self.rows[key[0]][key[1]])
+            _, _, body = self.asking.of_record(source, record, key[1])
+        except (UserError, BadRow, OSError):
+            return {}, ""
+        return {} if source.kind == "folder" or self.asking.is_batch(record) else record, question_of(body)
+
+    def own_columns(self):
+        """Those of all sources' rows; a JSONL has those of its first row."""
+        found = {}
+        for number, source in enumerate(self.sources):
+            rows_own = source.columns or source.rows and self.asked((number, 0, 0))[0]
+            found.update(dict.fromkeys(rows_own or ()))
+        return list(found)
 
     def request(self, key, data):
         """(custom_id, url, body) of a row."""
         source = self.sources[key[0]]
-        record = read_record(source.kind, source.columns, data)
+        record = read_record(source, data)
         custom_id, url, body = self.asking.of_record(source, record, key[1])
         return custom_id, url, self.asking.with_defaults(body, url)
 
@@ -4293,6 +4383,7 @@ class Frozen(NamedTuple):
     system: str
     template: str
     skipped: List[str]
+    notes: List[str]  # what the user should know of how it was taken
 
     def __len__(self):
         return sum(source.rows for source in self.sources)
@@ -4325,7 +4416,7 @@ def freeze(config, model, tell=lambda done, total: None):
     sources, skipped, hashes = [], [], array.array("q")
     for number, (kind, path) in enumerate(find_sources(config)):
         row_file, index_file = (os.path.join(spool.name, f"{number}.{ending}") for ending in ("rows", "index"))
-        source = Source(kind, path, make_row_file(kind, path, row_file), 0, 0, 0, "", [], "")
+        source = Source(kind, path, make_row_file(kind, path, row_file, skipped), 0, 0, 0, "", [], "")
         sources.append(scan_source(source, index_file, asking, skipped, hashes, tell))
     if not any(source.rows for source in sources):
         if skipped:
@@ -4334,7 +4425,7 @@ def freeze(config, model, tell=lambda done, total: None):
     prompts = Input(sources, spool.name, asking, 1)
     check_unique(prompts, hashes)
     check_result_names(config, prompts)
-    return Frozen(sources, spool, system, asking.template, skipped)
+    return Frozen(sources, spool, system, asking.template, skipped, notes_on_columns(config, sources))
 
 
 def read_template(config):
@@ -4356,16 +4447,19 @@ def find_sources(config):
     # A pattern such as in/** names a folder, and again what is in it.
     parents = {str(parent) for path in paths for parent in Path(path).parents}
     paths = [path for path in paths if os.path.normpath(path) not in parents]
-    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
     found = [("folder" if os.path.isdir(path) else kinds.get(Path(path).suffix.lower()), path) for path in paths]
     for kind, path in found:
         if not kind or kind != "folder" and not os.path.isfile(path):
-            what = f"{os.path.basename(path)} is neither a folder nor a .jsonl or .csv file"
+            what = f"{os.path.basename(path)} is neither a folder nor a .jsonl, .csv or .tsv file"
             raise config.error("prompts.user", what, "name the folder that the text files lie in")
     return found
 
 
-def make_row_file(kind, path, made):
+EDITORS_COPY = re.compile(r".*~|#.*#|.*\.(sw[op]|bak|orig)", re.IGNORECASE | re.DOTALL)
+
+
+def make_row_file(kind, path, made, skipped):
     """The file with a source's rows: of a folder, a list of its files and what each holds now."""
     if kind == "jsonl" and path == "-":
         with open(made, "wb") as rows:
@@ -4374,10 +4468,15 @@ def make_row_file(kind, path, made):
         with open(made, "w") as rows:
             for name in prompt_files(path):
                 file = os.path.join(path, name)
+                if EDITORS_COPY.fullmatch(os.path.basename(name)):
+                    skipped.append(f"{file}: an editor's copy of a file, no prompt")
+                    continue
                 if os.path.exists(file) and not os.path.isfile(file):
                     raise UserError(file, "neither a file nor a folder", "remove it")
-                text = read_user_file(file, "prompt")
-                rows.write(json.dumps({"path": name, "digest": text_digest(text)}) + "\n")
+                digest = ""
+                with contextlib.suppress(NotText):  # which is said when it is to be asked
+                    digest = text_digest(read_user_file(file, "prompt"))
+                rows.write(json.dumps({"path": name, "digest": digest}) + "\n")
     else:
         return path
     return made
@@ -4405,11 +4504,13 @@ def scan_source(source, index_file, asking, skipped, hashes, tell):
     index, splices, count, told = array.array("Q"), set(), 0, 0
     try:
         with open(source.row_file, "rb") as file:
-            found, scanner = os.fstat(file.fileno()), RowScanner(file, source.kind)
+            if source.kind == "csv":
+                source = source._replace(separator=separator_of(source))
+            found, scanner = os.fstat(file.fileno()), RowScanner(file, source)
             rows = iter(scanner)
             if source.kind == "csv":
                 header = next(rows, (1, 0, b"", []))[2].decode().lstrip("\ufeff")
-                source = source._replace(columns=next(csv.reader([header]), []))
+                source = source._replace(columns=table_fields(header, source.separator))
                 if len(set(source.columns)) < len(source.columns):
                     raise UserError(f"{source.path}:1", "two columns have the same name", "give each its own")
             for line, offset, data, fields in rows:
@@ -4459,7 +4560,7 @@ HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # or a whole one of two halv
 def check_row(source, asking, number, data, fields):
     """(custom_id, splice, or "" where it cannot be cut) of a row that can be asked; BadRow says what it lacks."""
     cut = None if fields else cut_record(data)
-    record = cut or read_record(source.kind, source.columns, data, fields)
+    record = cut or read_record(source, data, fields)
     custom_id, url, body = asking.of_record(source, record, number)
     if not isinstance(body.get("seed") or 0, int):
         raise BadRow("its seed is no whole number; write a number")
@@ -4548,6 +4649,32 @@ def table_name(sources, source):
     return os.path.relpath(source.path, os.path.commonpath(same)).replace(os.sep, "_")
 
 
+def sample_columns(prompts):
+    """By what several answers to one row are told apart. `prompts` is the input, or the config's table of it."""
+    return ["sample", "seed"] if prompts.samples > 1 else []
+
+
+def added_columns(config):
+    """What the rows of a table get."""
+    return sample_columns(config.prompts) + config.results.columns
+
+
+def free_names(taken, names):
+    """The names of more columns in a table: answer, or answer_2 where it has an answer of its own."""
+    found = list(taken)
+    for name in names:
+        others = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(next(free for free in itertools.chain([name], others) if free not in found))
+    return found[len(taken):]
+
+
+def notes_on_columns(config, sources):
+    return [f"{source.path} has a column {name} of its own: the new one is called {free}"
+            for source in sources if source.kind == "csv"
+            for name, free in zip(added_columns(config), free_names(source.columns, added_columns(config)))
+            if name != free]
+
+
 def check_result_names(config, prompts):
     """No answer may land on another, outside the results, or on a prompt."""
     folder = config.results.folder
@@ -4560,9 +4687,6 @@ def check_result_names(config, prompts):
             inputs.update(os.path.realpath(os.path.join(source.path, name)) for name in names)
         elif source.kind == "csv":
             written.append(table_name(prompts.sources, source))
-            for column in set(source.columns) & set(config.results.columns):
-                raise UserError(f"{source.path}:1", f"its column {column} is named like one of the answers'",
-                                "rename it, or choose others by [results] columns")
         inputs.add(os.path.realpath(source.path))
     taken = set(written)
     if len(taken) < len(written):
@@ -4614,17 +4738,23 @@ class Result(NamedTuple):
 def journal_line(result):
     """A line in OpenAI's Batch output format. Its id holds the key and its end the verdict, so that a resume
     reads bytes and parses nothing."""
-    (key, custom_id, _, _), status, body, _, error, started, time_s, attempts, replica = result
-    source, row, sample = key
-    name = f"{source}_{row}_{sample}"
+    (key, custom_id, _, _, seed), status, body, _, error, started, time_s, attempts, replica = result
+    source, row, sample = key  # users count from 1
+    name, seed = f"{source}_{row}_{sample}", "" if seed is None else f'"seed": {seed}, '
     if status:
         before, after = f'{{"status_code": {status}, "request_id": "req_{name}", "body": ', '}, "error": null'
     else:
         before, body, after = "null", b"", f', "error": {json.dumps(error)}'
     return b"".join((
         f'{{"id": "batch_req_{name}", "custom_id": {encode_text(custom_id)}, "response": {before}'.encode(), body,
-        f'{after}, "llmrun": {{"row": {row}, "sample": {sample}, "started": {started:.3f}, "time_s": {time_s:.4f}, '
-        f'"attempts": {attempts}, "replica": {replica}, "ok": {"true" if status == 200 else "false"}}}}}\n'.encode()))
+        f'{after}, "llmrun": {{"row": {row + 1}, "sample": {sample + 1}, {seed}"started": {started:.3f}, '
+        f'"time_s": {time_s:.4f}, "attempts": {attempts}, "replica": {replica}, '
+        f'"ok": {"true" if status == 200 else "false"}}}}}\n'.encode()))
+
+
+def key_in(record):
+    """The key of a line's prompt."""
+    return tuple(map(int, record["id"].split("_")[2:]))
 
 
 LINE_BEGIN = b'{"id": "batch_req_'
@@ -4860,7 +4990,7 @@ def answer_of(body):
         if not text and body.get("data"):
             text = body["data"][0].get("embedding")
         usage = body.get("usage") or {}
-        return {"answer": text if isinstance(text, str) else json.dumps(text, ensure_ascii=False),
+        return {"answer": as_text(text),
                 "reasoning": message.get("reasoning_content") or message.get("reasoning") or "",
                 "finish_reason": choice.get("finish_reason") or "", "prompt_tokens": usage.get("prompt_tokens") or 0,
                 "completion_tokens": int(usage.get("completion_tokens") or 0)}
@@ -4869,11 +4999,12 @@ def answer_of(body):
 
 
 def columns_of(record):
-    """The answer columns of a journal line: what `answer_of` finds, or the error."""
-    body = (record["response"] or {}).get("body") or {}
-    if record["llmrun"]["ok"]:
-        return {**answer_of(body), "error": ""}
-    return {**answer_of({}), "error": error_text(record["error"] or body)}
+    """The columns of a journal line: what `answer_of` finds, or the error, and which prompt's it is."""
+    body, found = (record["response"] or {}).get("body") or {}, {"seed": "", **record["llmrun"]}
+    which = {"custom_id": record["custom_id"], **{name: found[name] for name in ("sample", "seed", "time_s")}}
+    if found["ok"]:
+        return {**which, **answer_of(body), "error": ""}
+    return {**which, **answer_of({}), "error": error_text(record["error"] or body)}
 
 
 def error_text(body):
@@ -4945,18 +5076,18 @@ def write_texts(folder, config, prompts, marks):
 
 def write_csv(folder, config, prompts, lines, source):
     """The rows of a CSV source as they were, each with the columns of its answer."""
-    columns = config.results.columns
+    columns, separator = added_columns(config), source.separator
     with whole_file(folder / table_name(prompts.sources, source)) as file:
-        file.write(csv_row(source.columns + columns))
+        file.write(csv_row(source.columns + free_names(source.columns, columns), separator))
         for number, line in lines:
             answer, record = columns_of(json.loads(line)), prompts.record(prompts.key(number))
-            file.write(csv_row(list(record.values()) + [answer[name] for name in columns]))
+            file.write(csv_row(list(record.values()) + [answer[name] for name in columns], separator))
 
 
-def csv_row(cells):
+def csv_row(cells, separator=","):
     """A line of a table. The csv module quotes only those ends of lines that it writes itself."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\r\n").writerow(cells)
+    csv.writer(buffer, delimiter=separator, lineterminator="\r\n").writerow(cells)
     return buffer.getvalue()[:-2].encode(errors="replace") + b"\n"
 
 
@@ -6519,17 +6650,28 @@ def on_terminal():
     return sys.stdout.isatty()
 
 
+class Table:
+    """Rows that come a few at a time: on a terminal aligned, below one header; in a pipe with tabs between the fields,
+    and with a header only where it is asked for."""
+
+    def __init__(self, header, in_pipes_too=False):
+        self.header, self.widths = [header] * (in_pipes_too or on_terminal()), [0] * len(header)
+
+    def say(self, rows):
+        lines = self.header + [[one_line(cell) for cell in row] for row in rows]
+        for row in lines:
+            self.widths = list(map(max, self.widths, map(len, row)))
+        for number, row in enumerate(lines):
+            if on_terminal():
+                line = "  ".join(cell.ljust(width) for cell, width in zip(row, self.widths)).rstrip()
+                say(line, "1" * (number < len(self.header)))
+            else:
+                say("\t".join(row))
+        self.header = []
+
+
 def say_table(header, rows):
-    """Aligned with a header on a terminal; lines of tab-separated fields, without one, in a pipe."""
-    rows = [[one_line(cell) for cell in row] for row in rows]
-    if not on_terminal():
-        for row in rows:
-            say("\t".join(row))
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    for number, row in enumerate([header] + rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        say(line, "1" * (number == 0))
+    Table(header).say(rows)
 
 
 def say_json(value):
@@ -6549,7 +6691,8 @@ def prepare(config_path, overrides):
     """Everything that can be known to be wrong before anything is made."""
     config, notes = read_config(config_path or "config.toml", overrides)
     config, plan = check_shape(config)
-    return Prepared(config, notes, plan, freeze(config, model_name(config), scan_progress))
+    prompts = freeze(config, model_name(config), scan_progress)
+    return Prepared(config, notes + prompts.notes, plan, prompts)
 
 
 def check_shape(config):
@@ -6619,7 +6762,7 @@ def describe(prepared):
                  + (f", each asked {config.prompts.samples} times" if config.prompts.samples > 1 else ""))
     skipped = prepared.prompts.skipped
     if skipped:
-        lines.append(f"skipped   {len(skipped)} rows that cannot be asked; the first: {skipped[0]}")
+        lines.append(f"skipped   {len(skipped)}; the first: {skipped[0]}")
     return lines
 
 
@@ -7109,6 +7252,9 @@ def command_cancel(args):
 
 
 def command_results(args):
+    form = "jsonl" if args.json else args.format
+    if args.columns and form not in ("csv", "table"):
+        raise UserError(f"--columns {args.columns}", f"{form} has no columns", "add --format csv, or --format table")
     run = find_run(args)
     config = run.config()
     prompts = Input.load(run, config, model_name(config))
@@ -7119,15 +7265,13 @@ def command_results(args):
         written = f"the files could not be written: {os_reason(error)}"
         log(written)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
-    if not marks.count(Marks.DONE) + marks.count(Marks.FAILED):
+    if not args.follow and not marks.count(Marks.DONE) + marks.count(Marks.FAILED):
         complain(f"no answers yet: {state_line(state_watch(run, query_slurm())())}")
-    form = "jsonl" if args.json else args.format
-    if form == "csv":
-        say(csv_row(["custom_id", *ANSWER_COLUMNS]).decode().rstrip("\n"))
+    show = RESULT_FORMATS[form](prompts, args)
     places = {segment.path: end for segment, end in zip(marks.segments, marks.read_to)}
-    RESULT_FORMATS[form](line for _, line in marks.lines(states))
+    show(line for _, line in marks.lines(states))
     if args.follow:
-        follow_results(run, RESULT_FORMATS[form], args.failed, places)
+        follow_results(run, show, args.failed, places)
     elif on_terminal():
         say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; {written}")
     return DONE
@@ -7144,45 +7288,81 @@ def follow_results(run, show, failed, places):
                 lines = [line for line in file if line.endswith(LINE_END + b"\n")]
             places[path] = places.get(path, 0) + sum(map(len, lines))
             lines = [line for line in lines if not (failed and line.endswith(OK_END + b"\n"))]
-            if lines:
-                show(lines)
+            show(iter(lines))
         if ended:
             return
         time.sleep(0.3)
 
 
-def show_jsonl(lines):
-    for line in lines:
-        say(line.decode().rstrip("\n"))
+class Columns:
+    """What is shown of each answer, by names: columns of its own, and those of the row that asked it. Of a name that
+    both have, the answer's is another, as answer_2."""
+
+    def __init__(self, prompts, wanted):
+        ours, rows = ["custom_id", *sample_columns(prompts), "prompt", *ANSWER_COLUMNS, "time_s"], prompts.own_columns()
+        first, *others = free_names(rows, ours)
+        self.prompts, self.own, known = prompts, dict(zip([first, *others], ours)), [first, *rows, *others]
+        self.names = [name.strip() for name in wanted.split(",")] if wanted else known
+        unknown = next((name for name in self.names if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"--columns {unknown}", "no such column",
+                            nearest(unknown, known) or "there are " + ", ".join(known))
+
+    def cells(self, record):
+        row, asked = self.prompts.asked(key_in(record))
+        found = {**columns_of(record), "prompt": asked}
+        return [str(found[self.own[name]]) if name in self.own else as_text(row.get(name, "")) for name in self.names]
 
 
-def show_table(lines):
-    header = ["PROMPT", "TOKENS", "TIME", "ANSWER"]
-    rows = []
-    for record in map(json.loads, lines):
+def show_jsonl(prompts, args):
+    def show(lines):
+        for line in lines:
+            say(line.decode().rstrip("\n"))
+    return show
+
+
+def show_texts(prompts, args):
+    def show(lines):
+        for record in map(json.loads, lines):
+            found = columns_of(record)
+            say(f"── {found['custom_id']}", "1")
+            say(found["answer"] or f"({found['error']})")
+    return show
+
+
+def show_csv(prompts, args):
+    columns = Columns(prompts, args.columns)
+    say(csv_row(columns.names).decode()[:-1])
+
+    def show(lines):
+        for record in map(json.loads, lines):
+            say(csv_row(columns.cells(record)).decode()[:-1])
+    return show
+
+
+def show_table(prompts, args):
+    most, samples = 70 if on_terminal() else 200, sample_columns(prompts)
+    columns = Columns(prompts, args.columns) if args.columns else None
+    header = columns.names if columns else ["PROMPT", *map(str.upper, samples), "TOKENS", "TIME", "ANSWER"]
+    table = Table(header, args.header)
+    if not on_terminal():
+        table.say([])  # the header; on a terminal it is as wide as the first rows
+
+    def cells(record):
+        if columns:
+            return [cell[:most] for cell in columns.cells(record)]
         found = columns_of(record)
         text = found["answer"] if record["llmrun"]["ok"] else f"({found['error']})"
-        rows.append([record["custom_id"], str(found["completion_tokens"]), f"{record['llmrun']['time_s']:.1f}s",
-                     text[:70] if on_terminal() else text[:200]])
-        if len(rows) == 500:
-            say_table(header, rows)
-            rows = []
-    say_table(header, rows)
+        return [found["custom_id"], *(found[name] for name in samples), found["completion_tokens"],
+                f"{found['time_s']:.1f}s", text[:most]]
+
+    def show(lines):
+        for some in iter(lambda: [cells(json.loads(line)) for line in itertools.islice(lines, 500)], []):
+            table.say(some)
+    return show
 
 
-def show_texts(lines):
-    for record in map(json.loads, lines):
-        found = columns_of(record)
-        say(f"── {record['custom_id']}", "1")
-        say(found["answer"] or f"({found['error']})")
-
-
-def show_csv(lines):
-    for record in map(json.loads, lines):
-        found = columns_of(record)
-        say(csv_row([record["custom_id"]] + [found[name] for name in ANSWER_COLUMNS]).decode()[:-1])
-
-
+# a form → the function that shows lines of a journal in it, some at a time
 RESULT_FORMATS = {"table": show_table, "text": show_texts, "jsonl": show_jsonl, "csv": show_csv}
 
 
@@ -7204,7 +7384,7 @@ def command_demo(args):
     if code == DONE:
         say()
         command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False,
-                                           follow=False))
+                                           columns="", header=False, follow=False))
         say()
         say("Next: `python llmrun.py init` writes a config for a real model.")
     return code
@@ -7255,6 +7435,9 @@ def command_help_table():
             ("--drain", {"action": "store_true", "help": "let the prompts that are under way finish first"})]),
         ("results", command_results, "the answers so far", run + as_json + [
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
+            ("--columns", {"default": "", "metavar": "NAMES", "help": "what a csv or a table shows, as in "
+                           "prompt,answer; a csv shows all there are, the columns of your own rows too"}),
+            ("--header", {"action": "store_true", "help": "a table has its header in a pipe, too"}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
         ("help", command_help, "more on a topic: config, files, codes, engines, lives",
@@ -7292,6 +7475,12 @@ def make_parser(wanted):
     return parser
 
 
+def interrupted_once(number, frame):
+    """What SIGINT does to a command: another one would tear a traceback out of what the first has begun to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main(argv=None):
     """Run one command; errors become one line, and the exit code says of which kind they are."""
     words = sys.argv[1:] if argv is None else argv
@@ -7304,6 +7493,8 @@ def main(argv=None):
             return serve_agent(words[1])
         if words[:1] == ["echo"] and len(words) in (4, 5):
             return serve_echo(*words[1:])
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, interrupted_once)
         args = make_parser(words[0] if words else "").parse_args(words)
         if not args.command:
             say(where_am_i())
@@ -7367,7 +7558,8 @@ More: `help config`, `help files`, `help codes`, `help engines`, `help lives`; `
 A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in there:
 
   results/           the answers: results.jsonl in input order, errors.jsonl for the prompts that failed;
-                     a text file for each text file, a CSV with answer columns for a CSV
+                     a text file for each text file, a CSV with answer columns for a CSV; of several samples the
+                     text files are a.1.txt, a.2.txt … and the tables have the columns sample and seed
   summary.json       the counts
   logs/              slurm-JOB.out: the driver; JOB.LIFE/NODE-PROCESS.log: everything else
   journal/           every finished prompt, as it came (OpenAI Batch format); `results` reads it

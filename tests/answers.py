@@ -125,7 +125,7 @@ def check_run(run, folder, config, asked, real=False):
             record = json.loads(line)
             question = asked[record["custom_id"]]
             own, response = record["llmrun"], record["response"]
-            assert record["id"] == "batch_req_" + question.place and question.place.endswith(f"_{own['row']}_{own['sample']}"), record
+            assert record["id"] == "batch_req_" + question.place and question.place.endswith(f"_{own['row'] - 1}_{own['sample'] - 1}"), record
             assert response is None or response["request_id"] == "req_" + question.place, record
             if own["ok"]:
                 check_answer(question, response["body"], engine, may_be_empty)

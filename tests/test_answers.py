@@ -47,7 +47,7 @@ class Kept:
                 "usage": {"completion_tokens": 3, "prompt_tokens": tokens and tokens(question.body["messages"])}}
         return json.dumps({"id": f"batch_req_{question.place}", "custom_id": question.custom_id, "response": {
             "status_code": 200, "request_id": f"req_{question.place}", "body": body}, "error": None,
-            "llmrun": {"row": row, "sample": sample, "ok": True}}) + "\n"
+            "llmrun": {"row": row + 1, "sample": sample + 1, "ok": True}}) + "\n"
 
     def check(self, real=False):
         check_run(self.run, self.folder, self.config, self.asked, real)
@@ -74,7 +74,7 @@ def test_what_is_as_it_should_be_is_well(tmp_path):
 @pytest.mark.parametrize("tamper", [
     lambda kept: swap(kept.journal, *marks(kept)[:2]), lambda kept: swap(kept.merged, *marks(kept)[:2]),
     lambda kept: swap(kept.journal, "a.txt#1", "a.txt#2"), lambda kept: swap(kept.merged, "0_1_0", "0_1_1"),
-    lambda kept: swap(kept.merged, '"row": 0', '"row": 1'),
+    lambda kept: swap(kept.merged, '"row": 1', '"row": 2'),
     lambda kept: kept.merged.write_text("".join(kept.merged.read_text().splitlines(True)[::-1])),
     lambda kept: swap(kept.results / "a.1.txt", *marks(kept)[:2]), lambda kept: (kept.results / "a.1.txt").unlink(),
     lambda kept: (kept.results / "c.txt").write_text("whose?"), lambda kept: kept.merged.write_text(""),

@@ -53,6 +53,15 @@ def test_a_value_of_the_wrong_kind_names_its_key(site, key, value, words):
     assert words in mend, mend
 
 
+@pytest.mark.parametrize("key, value, words", [
+    ("results.columns", '["answer", "anser"]', '"anser" is not one of answer, reasoning, finish_reason, prompt_tokens, completion_tokens, '
+     'error; did you mean "answer"?'), ("slurm.directives", '["--exclusive", 3]', "3 is not one line of text; put it in quotes"),
+    ("slurm.nodes", "0", "not at least 1; write a number from 1 to"), ("network.ports", '"x"', "not a range of ports"),
+    ("engine.port", "65536", "not at most 65535; write a number from 0 to 65535"), ("slurm.nodes", "1.5", 'not a whole number or "auto"')])
+def test_what_is_wrong_with_a_value_is_said_of_that_which_is_wrong(here, key, value, words):
+    assert f"{key.partition('.')[2]} = {value}: {words}" in refused(here, "config.json", "--set", f"{key}={value}")
+
+
 @pytest.mark.parametrize("text, words", [
     ("nodes = 3", "unknown key nodes"), ("[slurm]\nnode = 3", 'did you mean "nodes"'), ("[slrum]\nnodes = 3", 'did you mean "slurm"'),
     ("name = ", "config.toml: not TOML: Invalid value"), ("[slurm\nnodes=3", "config.toml:1: not TOML"),

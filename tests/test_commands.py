@@ -1,14 +1,17 @@
 """What users type, beyond a run that goes well."""
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import llmrun
 import pytest
 from conftest import wait_for
+from test_others import shown_on_terminal
 
 
 @pytest.fixture
@@ -91,6 +94,90 @@ def test_failed_prompts_are_shown_alone_and_asked_again_alone(here):
     names = [line["custom_id"] for line in here.journal()]
     assert len(names) == 7 and names.count("part0/000.txt") == 2
     assert json.loads((here.run / "summary.json").read_text())["failed"] == 1
+
+
+@pytest.mark.parametrize("words", ["logs -f", "results -f"])
+def test_whoever_interrupts_twice_reads_no_more_than_who_does_once(here, words):
+    here.config(engine={"args": ["3"]})
+    running = here.start("run", "config.json")
+    here.wait_for_event("ready")
+    for pause_s in (0, 0.001, 0.003, 0.01, 0.02):
+        following = here.start(*words.split())
+        assert following.stdout.readline(), "it shows what there is"
+        for _ in range(2):
+            following.send_signal(signal.SIGINT)
+            time.sleep(pause_s)
+        said, _ = following.communicate(timeout=10)
+        assert "Traceback" not in said and following.returncode == 130, said
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=10)
+
+
+# ── results ────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sampled(here):
+    """A user without Slurm whose rows were each asked twice, and answered."""
+    (here.folder / "in.csv").write_text('id,word,answer\n1,sea,Meer\n2,"sky, blue",Himmel\n')
+    here.config(prompts={"user": "in.csv", "template": "Say {word}", "samples": 2}, results={"columns": ["error"]})
+    here.llmrun("run", "config.json")
+    return here
+
+
+def test_results_that_are_followed_on_a_terminal_have_one_header(here):
+    here.config(engine={"args": ["0.8"]})
+    running = here.start("run", "config.json")
+    here.wait_for_event("ready")
+    lines = shown_on_terminal(here.folder, "results", "-f").splitlines()
+    running.communicate(timeout=20)
+    assert [line.split()[0] for line in lines if line.startswith("P")] == ["PROMPT"] and "PROMPT" in lines[0]
+    assert sorted(line.split()[0] for line in lines[1:]) == sorted(here.results()), lines
+    assert len({line.index("Question") for line in lines[1:]}) == 1, "the columns of all batches are one below the other"
+
+
+def test_each_form_of_results_tells_the_samples_apart(sampled):
+    def shown(*words):
+        return sampled.llmrun("results", *words).splitlines()
+    names, numbers = ["in-1#1", "in-1#2", "in-2#1", "in-2#2"], [("1", "0"), ("2", "1")] * 2
+    assert [tuple(line.split("\t")[:3]) for line in shown()] == [(name, *number) for name, number in zip(names, numbers)]
+    rows = list(csv.DictReader(shown("--format", "csv")))
+    assert [(row["custom_id"], (row["sample"], row["seed"])) for row in rows] == list(zip(names, numbers))
+    records = [json.loads(line) for line in shown("--json")]
+    assert [(r["custom_id"], (str(r["llmrun"]["sample"]), str(r["llmrun"]["seed"]))) for r in records] == list(zip(names, numbers))
+    assert [line for line in shown("--format", "text") if line.startswith("──")] == [f"── {name}" for name in names]
+
+
+def test_results_can_show_what_was_asked_and_the_rows_own_columns(sampled):
+    row = list(csv.DictReader(sampled.llmrun("results", "--format", "csv").splitlines()))[1]
+    assert float(row.pop("time_s")) and row == {"custom_id": "in-1#2", "sample": "2", "seed": "1", "id": "1", "word": "sea", "answer": "Meer", "prompt": "Say sea",
+                   "answer_2": "Say sea", "reasoning": "", "finish_reason": "stop", "prompt_tokens": "2", "completion_tokens": "2", "error": ""}
+    wanted = ["results", "--columns", "word, sample,prompt,answer,answer_2", "--format"]
+    said = [["word", "sample", "prompt", "answer", "answer_2"], ["sea", "1", "Say sea", "Meer", "Say sea"], ["sea", "2", "Say sea", "Meer", "Say sea"]]
+    assert list(csv.reader(sampled.llmrun(*wanted, "csv").splitlines()))[:3] == said
+    assert [line.split("\t") for line in sampled.llmrun(*wanted, "table", "--header").splitlines()][:3] == said
+    assert sampled.llmrun("results", "--header").splitlines()[0].split("\t") == ["PROMPT", "SAMPLE", "SEED", "TOKENS", "TIME", "ANSWER"]
+    said = sampled.llmrun("results", "--columns", "wrod", code=2)
+    assert '--columns wrod: no such column; did you mean "word"?' in said
+    assert "--columns word: jsonl has no columns; add --format csv" in sampled.llmrun("results", "--columns", "word", "--json", code=2)
+    (sampled.folder / "in.csv").write_text("id,word,answer\n1,other,x\n")
+    rows = list(csv.DictReader(sampled.llmrun("results", "--format", "csv").splitlines()))
+    assert [(row["word"], row["prompt"], row["answer_2"]) for row in rows[:2]] == [("", "", "Say sea")] * 2, "what was asked is not there any more"
+
+
+def test_what_was_asked_is_shown_of_texts_and_of_requests(here):
+    body = {"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}]}
+    (here.folder / "prompts" / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": body}) + "\n")
+    (here.folder / "prompts" / "more.jsonl").write_text('{"word": "sea", "n": [1, null]}\n')
+    here.config(prompts={"user": "prompts/*", "template": "{word}?"})
+    here.llmrun("run", "config.json")
+    rows = {row["custom_id"]: row for row in csv.DictReader(here.llmrun("results", "--format", "csv").splitlines())}
+    assert rows["a"]["prompt"] == "hi" and rows["a"]["word"] == ""
+    assert (rows["more-1"]["prompt"], rows["more-1"]["n"]) == ("sea?", "[1, null]")
+    assert [row["n"] for name, row in rows.items() if name != "more-1"] == [""] * (len(rows) - 1) and len(rows) == 8
+    here.config(prompts={"user": "prompts/part0", "template": ""})
+    here.llmrun("run", "config.json")
+    assert "000.txt\tQuestion 0: what comes after 0?" in here.llmrun("results", "--columns", "custom_id,prompt")
 
 
 # ── cancel ─────────────────────────────────────────────────────────────────────

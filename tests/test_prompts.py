@@ -186,6 +186,15 @@ def test_a_bad_csv_row_is_named_by_file_and_line(tmp_path, text, where, what):
     assert where in str(caught.value) and what in str(caught.value)
 
 
+@pytest.mark.parametrize("column, words", [("wrod", 'did you mean "word"?'), ("q", "there are id, word")])
+def test_an_id_column_that_is_none_is_named_and_not_answered_with_braces(tmp_path, column, words):
+    (tmp_path / "in.csv").write_text("id,word\n1,sea\n")
+    with pytest.raises(llmrun.UserError) as caught:
+        llmrun.freeze(config_for(tmp_path, "in.csv", template="{word}", id_column=column), "m")
+    assert f"in.csv:2: there is no column {column}, which [prompts] id_column names; {words}" in str(caught.value)
+    assert "{" not in str(caught.value)
+
+
 def test_a_name_that_stands_twice_among_many_is_named_with_both_places(tmp_path):
     for file in "ab":
         write_jsonl(tmp_path / f"{file}.jsonl", [batch_row(f"{file}{number}") for number in range(2000)] + [batch_row("same")] * (file == "a"))
@@ -542,6 +551,25 @@ def test_a_skipped_empty_text_is_named_by_its_file(tmp_path):
     assert len(frozen) == 1 and "a.txt: the prompt is empty" in frozen.skipped[0]
 
 
+@pytest.mark.parametrize("data, line", [(b"\x89PNG\r\n\x1a\n\0\1", 1), ("ok\nCaf\xe9\n".encode("latin-1"), 2)], ids=["image", "latin-1"])
+def test_a_file_that_is_no_text_is_skipped_as_an_empty_one_is(tmp_path, data, line):
+    """Else it is named, with the rule by which it is a prompt."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.png").write_bytes(data)
+    (tmp_path / "texts" / "b.txt").write_text("hi")
+    frozen = llmrun.freeze(config_for(tmp_path, "texts", on_bad_row="skip"), "m")
+    assert len(frozen) == 1 and f"a.png: not UTF-8 text in line {line}" in frozen.skipped[0]
+    with pytest.raises(llmrun.UserError, match=rf"a.png: not UTF-8 text in line {line}; every file in the folder is a prompt.*on_bad_row"):
+        llmrun.freeze(config_for(tmp_path, "texts"), "m")
+
+
+def test_what_editors_leave_behind_is_no_prompt_and_is_told(tmp_path):
+    left = ["b.txt~", "#b.txt#", "a/c.txt.swp", "c.BAK", "d.txt.orig"]
+    frozen = llmrun.freeze(texts(tmp_path, "b.txt", "a/c#1.txt", "#2.txt", ".#b.txt", "swp", *left), "m")
+    assert len(frozen) == 4 and [line.partition(": ")[0] for line in frozen.skipped] == [
+        str(tmp_path / "texts" / name) for name in sorted(left)]
+
+
 def test_a_pipe_among_the_prompts_is_refused(tmp_path):
     (tmp_path / "texts").mkdir()
     os.mkfifo(tmp_path / "texts" / "pipe.txt")
@@ -830,14 +858,54 @@ def test_answers_that_meet_only_as_samples_are_refused_at_submit(tmp_path, names
     assert "results" in str(caught.value) and re.search(r"a\.1|t\.1\.csv|samples", str(caught.value)) and caught.value.mend
 
 
-def test_a_column_of_the_input_that_is_named_like_one_of_the_answers_is_refused_at_submit(tmp_path):
+def table_of(run, config, prompts, separator=","):
+    """The rows of a run's only table, all its prompts answered."""
+    journal_of(run, "1.0.0", *(llmrun.journal_line(result(prompts, number, text=f"A{number}")) for number in range(len(prompts))))
+    folder = llmrun.write_results(run, config, llmrun.Marks(run, prompts))
+    with open(folder / os.path.basename(config.prompts.user), newline="") as file:
+        return list(csv.reader(file, delimiter=separator, strict=True))
+
+
+def test_a_column_of_the_input_that_is_named_like_one_of_the_answers_is_kept_apart_and_told(tmp_path):
     """Whoever reads the table by its names would find only one of the two."""
-    (tmp_path / "in.csv").write_text("id,q,answer\n1,x,the right one\n")
+    (tmp_path / "in.csv").write_text("id,q,answer,error,answer_2\n1,x,the right one,none,another\n")
     config = config_for(tmp_path, "in.csv", template="{q}")
-    with pytest.raises(llmrun.UserError, match=r"in\.csv.*\banswer\b|\banswer\b.*in\.csv") as caught:
-        llmrun.freeze(config, "m")
-    assert caught.value.mend
-    llmrun.freeze(llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(columns=["reasoning"])), "m")
+    told, = llmrun.freeze(config, "m").notes
+    assert told == f"{tmp_path}/in.csv has a column answer of its own: the new one is called answer_3"
+    rows = table_of(*frozen_input(tmp_path, config)[:1], config, frozen_input(tmp_path, config)[1])
+    assert rows == [["id", "q", "answer", "error", "answer_2", "answer_3"], ["1", "x", "the right one", "none", "another", "A0"]]
+    config = llmrun.dataclasses.replace(config, results=llmrun.ResultsConfig(columns=["reasoning"]))
+    assert not llmrun.freeze(config, "m").notes
+
+
+def test_samples_are_told_apart_by_the_same_numbers_in_every_file(tmp_path):
+    (tmp_path / "in.csv").write_text("q,sample\nx,s1\ny,s2\n")
+    config = config_for(tmp_path, "in.csv", template="{q}", samples=2, params={"seed": 10})
+    run, prompts = frozen_input(tmp_path, config)
+    assert table_of(run, config, prompts) == [
+        ["q", "sample", "sample_2", "seed", "answer"], ["x", "s1", "1", "10", "A0"], ["x", "s1", "2", "11", "A1"],
+        ["y", "s2", "1", "10", "A2"], ["y", "s2", "2", "11", "A3"]]
+    records = [json.loads(line) for line in (run.results / "results.jsonl").read_text().splitlines()]
+    assert [(record["custom_id"], record["llmrun"]["row"], record["llmrun"]["sample"], record["llmrun"]["seed"]) for record in records] == [
+        ("in-1#1", 1, 1, 10), ("in-1#2", 1, 2, 11), ("in-2#1", 2, 1, 10), ("in-2#2", 2, 2, 11)]
+
+
+@pytest.mark.parametrize("name, separator", [("in.csv", ";"), ("in.csv", "\t"), ("in.tsv", "\t"), ("in.TSV", "\t")])
+def test_a_table_may_be_separated_otherwise_and_comes_back_so(tmp_path, name, separator):
+    rows = [["id", "of", "text, or more"], ["1", "x", "sea, deep"], ["2", "y", f"a{separator}b"], ["3", "z", "line one\nline two"]]
+    with open(tmp_path / name, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    config = config_for(tmp_path, name, template="{text, or more}", id_column="id")
+    run, prompts = frozen_input(tmp_path, config)
+    assert [prompts.prompt(number).custom_id for number in range(3)] == ["1", "2", "3"]
+    assert [json.loads(prompts.prompt(number).body)["messages"][0]["content"] for number in range(3)] == [row[2] for row in rows[1:]]
+    assert table_of(run, config, prompts, separator) == [row + ["answer" if not n else f"A{n - 1}"] for n, row in enumerate(rows)]
+
+
+def test_a_comma_separates_where_nothing_else_does_so_more(tmp_path):
+    (tmp_path / "in.csv").write_text('id,"a; b; c",q;r\n1,x,y\n')
+    _, prompts = frozen_input(tmp_path, config_for(tmp_path, "in.csv", template="{a; b; c}"))
+    assert b'"x"' in prompts.prompt(0).body
 
 
 @pytest.mark.parametrize("seed", ["x", 1.5, [1]])

@@ -681,7 +681,7 @@ def test_results_of_more_lives_than_files_may_be_open_are_written(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     rows = [json.loads(line)["llmrun"]["row"] for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert rows == list(range(60))
+    assert rows == list(range(1, 61))
 
 
 # ── failed prompts that are asked again ────────────────────────────────────────
