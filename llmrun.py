@@ -5001,10 +5001,20 @@ def answer_of(body):
 def columns_of(record):
     """The columns of a journal line: what `answer_of` finds, or the error, and which prompt's it is."""
     body, found = (record["response"] or {}).get("body") or {}, {"seed": "", **record["llmrun"]}
-    which = {"custom_id": record["custom_id"], **{name: found[name] for name in ("sample", "seed", "time_s")}}
+    took_s = engine_time(body, found["time_s"])
+    which = {"custom_id": record["custom_id"], "sample": found["sample"], "seed": found["seed"],
+             "time_s": round(took_s, 3), "waited_s": round(found["time_s"] - took_s, 3)}
     if found["ok"]:
         return {**which, **answer_of(body), "error": ""}
     return {**which, **answer_of({}), "error": error_text(record["error"] or body)}
+
+
+def engine_time(body, most_s):
+    """How long the engine worked at an answer, as far as it says so: some prompts wait there for a slot."""
+    try:
+        return min(most_s, (body["timings"]["prompt_ms"] + body["timings"]["predicted_ms"]) / 1000)
+    except MISSHAPEN:
+        return most_s
 
 
 def error_text(body):
@@ -5120,7 +5130,8 @@ class Tally:
         if self.answers >= 10 and self.all_same:
             return f"all {self.answers} answers are the same: do the prompts reach the model?"
         if self.answers >= 2 and self.cut * 2 > self.answers:
-            return f"{self.cut} of {self.answers} answers were cut off by their length: raise [prompts] max_tokens"
+            return (f"{self.cut} of {self.answers} answers of this job were cut off by their length: raise max_tokens in "
+                    "[prompts], or in the rows that say their own")
         return ""
 
 
@@ -7299,7 +7310,8 @@ class Columns:
     both have, the answer's is another, as answer_2."""
 
     def __init__(self, prompts, wanted):
-        ours, rows = ["custom_id", *sample_columns(prompts), "prompt", *ANSWER_COLUMNS, "time_s"], prompts.own_columns()
+        ours = ["custom_id", *sample_columns(prompts), "prompt", *ANSWER_COLUMNS, "time_s", "waited_s"]
+        rows = prompts.own_columns()
         first, *others = free_names(rows, ours)
         self.prompts, self.own, known = prompts, dict(zip([first, *others], ours)), [first, *rows, *others]
         self.names = [name.strip() for name in wanted.split(",")] if wanted else known
@@ -7343,7 +7355,7 @@ def show_csv(prompts, args):
 def show_table(prompts, args):
     most, samples = 70 if on_terminal() else 200, sample_columns(prompts)
     columns = Columns(prompts, args.columns) if args.columns else None
-    header = columns.names if columns else ["PROMPT", *map(str.upper, samples), "TOKENS", "TIME", "ANSWER"]
+    header = columns.names if columns else ["PROMPT", *map(str.upper, samples), "TOKENS", "TIME", "WAITED", "ANSWER"]
     table = Table(header, args.header)
     if not on_terminal():
         table.say([])  # the header; on a terminal it is as wide as the first rows
@@ -7354,7 +7366,7 @@ def show_table(prompts, args):
         found = columns_of(record)
         text = found["answer"] if record["llmrun"]["ok"] else f"({found['error']})"
         return [found["custom_id"], *(found[name] for name in samples), found["completion_tokens"],
-                f"{found['time_s']:.1f}s", text[:most]]
+                f"{found['time_s']:.1f}s", f"{found['waited_s']:.1f}s", text[:most]]
 
     def show(lines):
         for some in iter(lambda: [cells(json.loads(line)) for line in itertools.islice(lines, 500)], []):

@@ -150,13 +150,13 @@ def test_each_form_of_results_tells_the_samples_apart(sampled):
 
 def test_results_can_show_what_was_asked_and_the_rows_own_columns(sampled):
     row = list(csv.DictReader(sampled.llmrun("results", "--format", "csv").splitlines()))[1]
-    assert float(row.pop("time_s")) and row == {"custom_id": "in-1#2", "sample": "2", "seed": "1", "id": "1", "word": "sea", "answer": "Meer", "prompt": "Say sea",
+    assert float(row.pop("time_s")) >= 0 <= float(row.pop("waited_s")) and row == {"custom_id": "in-1#2", "sample": "2", "seed": "1", "id": "1", "word": "sea", "answer": "Meer", "prompt": "Say sea",
                    "answer_2": "Say sea", "reasoning": "", "finish_reason": "stop", "prompt_tokens": "2", "completion_tokens": "2", "error": ""}
     wanted = ["results", "--columns", "word, sample,prompt,answer,answer_2", "--format"]
     said = [["word", "sample", "prompt", "answer", "answer_2"], ["sea", "1", "Say sea", "Meer", "Say sea"], ["sea", "2", "Say sea", "Meer", "Say sea"]]
     assert list(csv.reader(sampled.llmrun(*wanted, "csv").splitlines()))[:3] == said
     assert [line.split("\t") for line in sampled.llmrun(*wanted, "table", "--header").splitlines()][:3] == said
-    assert sampled.llmrun("results", "--header").splitlines()[0].split("\t") == ["PROMPT", "SAMPLE", "SEED", "TOKENS", "TIME", "ANSWER"]
+    assert sampled.llmrun("results", "--header").splitlines()[0].split("\t") == ["PROMPT", "SAMPLE", "SEED", "TOKENS", "TIME", "WAITED", "ANSWER"]
     said = sampled.llmrun("results", "--columns", "wrod", code=2)
     assert '--columns wrod: no such column; did you mean "word"?' in said
     assert "--columns word: jsonl has no columns; add --format csv" in sampled.llmrun("results", "--columns", "word", "--json", code=2)

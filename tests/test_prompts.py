@@ -431,7 +431,7 @@ def test_the_words_of_an_error_in_every_engines_shape(body):
 
 @pytest.mark.parametrize("texts, finish, words", [
     (["", " "], "stop", "all 2 answers are empty"), (["same"] * 10, "stop", "are the same"),
-    (["a", "b", "c"], "length", "3 of 3 answers were cut off"), (["a", "b"], "stop", ""), (["same"] * 3, "stop", "")])
+    (["a", "b", "c"], "length", "3 of 3 answers of this job were cut off"), (["a", "b"], "stop", ""), (["same"] * 3, "stop", "")])
 def test_answers_that_hardly_are_some_raise_a_doubt(three, texts, finish, words):
     _, _, prompts = three
     tally = llmrun.Tally()
@@ -932,3 +932,12 @@ def test_a_job_that_joins_with_another_model_names_that_one(tmp_path, layout):
     assert [json.loads(joined.prompt(number).body) for number in range(2)] == [
         {"model": "another", "max_tokens": 1024, "top_k": 4, **row["body"]} for row in rows[:2]]
     assert layout[0] == ", " or json.loads(joined.prompt(2).body)["model"] == "its own"
+
+
+@pytest.mark.parametrize("timings, time_s, waited_s", [
+    ({"prompt_ms": 500.0, "predicted_ms": 1000.0}, 1.5, 0.5), ({"prompt_ms": 9000.0, "predicted_ms": 1.0}, 2.0, 0.0), (None, 2.0, 0.0),
+    ({"prompt_ms": None}, 2.0, 0.0)])
+def test_the_time_of_an_answer_is_its_engines_and_what_it_waited_stands_apart(timings, time_s, waited_s):
+    body = {"choices": [{"message": {"content": "x"}}], **({"timings": timings} if timings else {})}
+    found = llmrun.columns_of({"custom_id": "a", "response": {"body": body}, "llmrun": {"ok": True, "sample": 1, "time_s": 2.0}})
+    assert (found["time_s"], found["waited_s"]) == (time_s, waited_s)
