@@ -117,13 +117,14 @@ DONE, SOME_FAILED, BAD_INPUT, CLUSTER_FAILED, WORK_LEFT, INTERRUPTED = 0, 1, 2, 
 
 
 class UserError(Exception):
-    """What is wrong, where, and what its reader can do about it; one line."""
+    """What is wrong, where, and what its reader can do about it; one line. `keys` are those of the config that it is
+    about."""
 
     exit_code = BAD_INPUT
 
-    def __init__(self, where, what, mend=""):
-        super().__init__(where, what, mend)
-        self.where, self.what, self.mend = one_line(where), one_line(what), one_line(mend)
+    def __init__(self, where, what, mend="", keys=()):
+        super().__init__(where, what, mend, keys)
+        self.where, self.what, self.mend, self.keys = one_line(where), one_line(what), one_line(mend), keys
 
     def __str__(self):
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -134,6 +135,50 @@ class ClusterError(UserError):
     """The user's input was right, but the engine or the cluster did not do its part."""
 
     exit_code = CLUSTER_FAILED
+
+
+class ManyErrors(UserError):
+    """Several errors of one input, a line each."""
+
+    def __init__(self, errors):
+        super().__init__("", "")
+        self.errors, self.exit_code = errors, errors[0].exit_code
+
+    def __str__(self):
+        return "\n".join(map(str, self.errors))
+
+
+class Faults:
+    """The errors of several looks at one input, raised together at the end of its `with`: its user hears of all of them
+    at once, and of none that only follows from another."""
+
+    def __init__(self):
+        self.errors = []
+
+    def about(self, *keys):
+        """Whether one of these keys, or one of these tables, is wrong as far as is known."""
+        return any(f"{wrong}.".startswith(f"{key}.") for error in self.errors for wrong in error.keys for key in keys)
+
+    @contextlib.contextmanager
+    def kept(self, *keys):
+        """Keeps the errors of a look, which where they name no key are about these."""
+        try:
+            yield
+        except UserError as found:
+            for error in getattr(found, "errors", [found]):
+                error.keys = error.keys or keys
+                if not self.about(*error.keys):
+                    self.errors.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, UserError):
+            with self.kept():
+                raise error
+        if self.errors and (error is None or isinstance(error, UserError)):
+            raise self.errors[0] if len(self.errors) == 1 else ManyErrors(self.errors)
 
 
 def one_line(text):
@@ -675,58 +720,119 @@ class Config:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     results: ResultsConfig = dataclasses.field(default_factory=ResultsConfig)
     source: str = dataclasses.field(default="", metadata={"kind": TEXT, "doc": ""})
+    overrides: List[str] = dataclasses.field(default_factory=list, metadata={"kind": list_of(TEXT), "doc": ""})
+
+    def value_of(self, dotted):
+        return functools.reduce(getattr, dotted.split("."), self)
 
     def error(self, dotted, what, mend=""):
         """The error for a key whose value turned out wrong on a later floor."""
-        value = self
-        for part in dotted.split("."):
-            value = getattr(value, part)
-        return key_error(self.source, dotted, value, what, mend)
+        return key_error(Written(self.source, self.overrides), dotted, self.value_of(dotted), what, mend)
 
 
-def key_error(source, dotted, value, what, mend):
-    shown = json.dumps(value, default=str)
+class Written(NamedTuple):
+    """Where the keys of a config were written: in a file, or as `--set KEY=VALUE` instead."""
+
+    source: str
+    overrides: List[str]
+
+    def override(self, dotted):
+        """The last --set of a key, of its table, or of one in that table, as it was typed; or ""."""
+        found = [""]
+        for text in self.overrides:
+            one, other = sorted((f"{text.partition('=')[0].strip()}.", f"{dotted}."), key=len)
+            found += [text] * other.startswith(one)
+        return found[-1]
+
+    def place(self, dotted):
+        """"config.toml:12", the line on which a key stands, where that can be found out, or "--set KEY=VALUE"."""
+        if self.override(dotted):
+            return f"--set {shortened(self.override(dotted))}"
+        table, _, name = dotted.rpartition(".")
+        current = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            lines = Path(self.source).read_text().splitlines() if self.source.endswith(".toml") else []
+            for number, line in enumerate(lines, 1):
+                header = re.match(r"\s*\[([^\[\]]+)\]", line)
+                current = header.group(1).strip() if header else current
+                if header and current == dotted or (
+                        current == table and re.match(r"\s*[\"']?%s[\"']?\s*=" % re.escape(name), line)):
+                    return f"{self.source}:{number}"
+        return self.source
+
+
+def key_error(written, dotted, value, what, mend):
+    shown = shortened(json.dumps(value, default=str))
+    return UserError(written.place(dotted), f"{show_key(dotted)} = {shown}: {what}", mend, (dotted,))
+
+
+def shortened(text):
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def show_key(dotted):
     table, _, name = dotted.rpartition(".")
-    shown = shown if len(shown) <= 120 else shown[:117] + "..."
-    return UserError(place_of(source, dotted), f"{f'[{table}] ' if table else ''}{name} = {shown}: {what}", mend)
+    return f"[{table}] {name}" if table else name
 
 
-def place_of(source, dotted):
-    """"config.toml:12", the line on which a key stands, where that can be found out."""
+def unknown_key(written, dotted):
+    """The error for a key that nobody knows: one that is spelt like it, or stands in another table, may be meant."""
     table, _, name = dotted.rpartition(".")
-    current = ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        lines = Path(source).read_text().splitlines() if source.endswith(".toml") else []
-        for number, line in enumerate(lines, 1):
-            header = re.match(r"\s*\[([^\[\]]+)\]", line)
-            current = header.group(1).strip() if header else current
-            if current == table and re.match(r"\s*[\"']?%s[\"']?\s*=" % re.escape(name), line):
-                return f"{source}:{number}"
-    return source
+    everywhere = list(known_keys(Config))
+    own = [key for key in everywhere if key.rpartition(".")[0] == table]
+    meant = (near_keys(name, everywhere, 1) or near_keys(name, own, 0.75) or near_keys(name, everywhere, 0.85)
+             or near_keys(name, own, 0.6))
+    mend = "known are " + ", ".join(key.rpartition(".")[2] for key in own)
+    if meant:
+        typed, here = written.override(dotted), len(table) + 1 if table else 0
+        shown = [f'"{key}"' if typed else f'"{key[here:]}"' if key in own else show_key(key) for key in meant]
+        mend = f"did you mean {' or '.join(shown)}?"
+    return UserError(written.place(dotted), f"unknown key {show_key(dotted)}", mend, tuple(meant))
 
 
-def build_config(schema, data, source, base, table=""):
-    """A config (or one table of it) from plain data, every key checked."""
+def near_keys(name, keys, likeness):
+    """Those of the keys, in whatever tables, whose name is most like this one."""
+    found = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], 1, likeness)
+    return [key for key in keys if key.rpartition(".")[2] in found]
+
+
+def known_keys(schema, table=""):
+    """All keys that a user may write, with their tables."""
+    for field in dataclasses.fields(schema):
+        dotted = f"{table}.{field.name}" if table else field.name
+        if dataclasses.is_dataclass(field.type):
+            yield dotted
+            yield from known_keys(field.type, dotted)
+        elif field.metadata["doc"]:
+            yield dotted
+
+
+def build_config(schema, data, source, base):
+    """A config from plain data, every key checked."""
+    with Faults() as faults:
+        return build_table(schema, data, Written(source, data.get("overrides", [])), base, faults)
+
+
+def build_table(schema, data, written, base, faults, table=""):
+    """A config, or one table of it; a key that is wrong is among the faults, and here has its default."""
     if not isinstance(data, dict):
-        raise key_error(source, table, data, "not a table", f"write its keys below a line [{table}]")
+        faults.errors.append(key_error(written, table, data, "not a table", f"write its keys below a line [{table}]"))
+        data = {}
     fields = {field.name: field for field in dataclasses.fields(schema)}
-    for name in data:
-        if name not in fields:
-            known = [f for f in fields if f != "source"]
-            raise UserError(place_of(source, f"{table}.{name}" if table else name),
-                            f"unknown key {f'[{table}] ' if table else ''}{name}",
-                            nearest(name, known) or "known are " + ", ".join(known))
+    faults.errors += [unknown_key(written, f"{table}.{name}" if table else name) for name in data if name not in fields]
     values = {}
     for name, field in fields.items():
         dotted = f"{table}.{name}" if table else name
         if dataclasses.is_dataclass(field.type):
-            values[name] = build_config(field.type, data.get(name, {}), source, base, dotted)
+            values[name] = build_table(field.type, data.get(name, {}), written, base, faults, dotted)
             continue
-        given = data[name] if name in data else default_of(field)
+        values[name] = given = data[name] if name in data else default_of(field)
+        kind = field.metadata["kind"]
         try:
-            values[name] = field.metadata["kind"].convert(given, base)
+            values[name] = kind.convert(given, base)
         except ValueError as error:
-            raise key_error(source, dotted, given, f"not {field.metadata['kind'].words}", error)
+            faults.errors.append(key_error(written, dotted, given, f"not {kind.words}", error))
+            values[name] = kind.convert(default_of(field), base)
     return schema(**values)
 
 
@@ -787,12 +893,14 @@ def apply_override(data, override):
     """Put `--set table.key=value` into the data of a config."""
     dotted, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", dotted.strip()):
-        raise UserError(f"--set {override}", "not of the form table.key=value", "as in --set slurm.nodes=3")
+        raise UserError(f"--set {override}", "not of the form table.key=value", "as in --set slurm.nodes=3",
+                        (dotted.strip(),))
     *tables, name = dotted.strip().split(".")
     for table in tables:
         data = data.setdefault(table, {})
         if not isinstance(data, dict):
-            raise UserError(f"--set {override}", f"{table} is no table", "`help config` lists the tables")
+            raise UserError(f"--set {override}", f"{table} is no table", "`help config` lists the tables",
+                            (dotted.strip(),))
     data[name] = parse_value(text.strip())
 
 
@@ -853,12 +961,11 @@ FLAT_KEYS = {"job_name": "name", "output_log": "slurm.output_link", "dir_llama_s
 FLAT_CONTEXT = 8192  # what the scripts around these files always passed as -c
 
 
-def from_flat_config(flat, source):
+def from_flat_config(flat, source, faults):
     """The config that a lab's flat config.json means, and what its user should know of it."""
     known = list(FLAT_KEYS) + ["result_dir", "ntasks", "sbatch_script"]
-    for name in flat:
-        if name not in known:
-            raise UserError(source, f"unknown key {name}", nearest(name, known) or "known are " + ", ".join(known))
+    faults.errors += [UserError(source, f"unknown key {name}", nearest(name, known) or "known are " + ", ".join(known))
+                      for name in flat if name not in known]
     data, notes = {}, []
     for name, dotted in FLAT_KEYS.items():
         value = flat.get(name, "")
@@ -895,6 +1002,12 @@ def sbatch_options(script):
 
 def read_config(path, overrides=()):
     """The config of a file as the user means it, and what to tell about how it was read."""
+    with Faults() as faults:
+        return read_with_faults(path, overrides, faults)
+
+
+def read_with_faults(path, overrides, faults):
+    """The same for who looks on; a key that is wrong is among the faults, and has its default."""
     path = os.path.abspath(path)
     if os.path.isfile(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
         raise UserError(path, f"a config of {show_size(os.path.getsize(path))}",
@@ -903,13 +1016,16 @@ def read_config(path, overrides=()):
     base = os.path.dirname(path)
     notes = []
     if isinstance(data, dict) and "dir_llama_script" in data:
-        data, notes = from_flat_config(data, path)
+        data, notes = from_flat_config(data, path, faults)
     if not isinstance(data, dict):
         raise UserError(path, "not a table of keys", "`init` writes a config to start from")
     for override in overrides:
-        apply_override(data, override)
-    data.pop("source", None)
-    return dataclasses.replace(build_config(Config, data, path, base), source=path), notes
+        with faults.kept():
+            apply_override(data, override)
+    for ours in ("source", "overrides"):
+        data.pop(ours, None)
+    config = build_table(Config, data, Written(path, overrides), base, faults)
+    return dataclasses.replace(config, source=path, overrides=list(overrides)), notes
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -1304,7 +1420,7 @@ ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out 
            "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
            "BOOT_FAIL": "a node failed", "DEADLINE": "its deadline passed"}
 
-REFUSALS = (  # what sbatch prints, the key it is about, what to do
+REFUSALS = (  # what sbatch prints, the key it is about (of several those that the config sets), what to do
     (r"invalid partition|Invalid partition", "slurm.partition", "`sinfo -s` lists the partitions"),
     (r"[Ii]nvalid account", "slurm.account", "`sacctmgr show assoc user=$USER format=account,partition` lists yours"),
     (r"Invalid qos", "slurm.qos", "`sacctmgr show assoc user=$USER format=qos` lists yours"),
@@ -1317,7 +1433,8 @@ REFUSALS = (  # what sbatch prints, the key it is about, what to do
     (r"[Tt]ime limit", "slurm.time", "ask for less time"),
     (r"[Nn]ode count", "slurm.nodes", "ask for fewer nodes"),
     (r"More processors", "slurm.cpus_per_node", "`sinfo -o '%P %c'` lists the cores of each partition's nodes"),
-    (r"node configuration is not available", "slurm.gpus_per_node",
+    (r"node configuration is not available",
+     "slurm.gpus_per_node slurm.mem slurm.cpus_per_node slurm.constraint slurm.nodelist",
      "no node has all that is asked for: `sinfo -o '%P %c %m %G'` lists cores, memory and GPUs"))
 
 
@@ -1427,12 +1544,16 @@ def refusal(config, message, partitions=list):
     reasons = [re.sub(r"^(sbatch|srun|salloc): (error: |fatal: )?", "", line) for line in message.splitlines()]
     reason = "; ".join(dict.fromkeys(line.replace("Batch job submission failed: ", "") for line in reasons if line
                                      and not line.startswith("Try ")))
-    for pattern, dotted, mend in REFUSALS:
+    for pattern, keys, mend in REFUSALS:
         if re.search(pattern, reason):
-            known = [partition.name for partition in partitions()] if dotted == "slurm.partition" else []
+            known = [partition.name for partition in partitions()] if keys == "slurm.partition" else []
             if known:
                 mend = nearest(config.slurm.partition, known) or "this cluster has " + ", ".join(known)
-            return config.error(dotted, f"Slurm refuses: {reason}", mend)
+            asked = [key for key in keys.split() if " " not in keys or config.value_of(key)]
+            if len(asked) == 1:
+                return config.error(asked[0], f"Slurm refuses: {reason}", mend)
+            whole = " and ".join(map(show_key, asked)) or "the job"
+            return UserError(config.source, f"Slurm refuses {whole}: {reason}", mend, tuple(asked))
     return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
                      "see [slurm] and [slurm.extra] in the config")
 
@@ -4279,13 +4400,19 @@ csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
 
 def freeze(config, model, tell=lambda done, total: None):
     """Read all of the input once, as it will be asked: what is wrong with a row is known before anything starts."""
-    system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
-    if not isinstance(config.prompts.params.get("seed") or 0, int):
-        raise config.error("prompts.params", "its seed is no whole number", "write a number")
-    asking = Asking(config, model, system, read_template(config))
+    with Faults() as faults:
+        with faults.kept("prompts.system"):
+            system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
+        with faults.kept("prompts.template"):
+            template = read_template(config)
+        with faults.kept("prompts.user"):
+            found = find_sources(config)
+        if not isinstance(config.prompts.params.get("seed") or 0, int):
+            raise config.error("prompts.params", "its seed is no whole number", "write a number")
+    asking = Asking(config, model, system, template)
     spool = tempfile.TemporaryDirectory()
     sources, skipped, hashes = [], [], array.array("q")
-    for number, (kind, path) in enumerate(find_sources(config)):
+    for number, (kind, path) in enumerate(found):
         row_file, index_file = (os.path.join(spool.name, f"{number}.{ending}") for ending in ("rows", "index"))
         source = Source(kind, path, make_row_file(kind, path, row_file), 0, 0, 0, "", [], "")
         sources.append(scan_source(source, index_file, asking, skipped, hashes, tell))
@@ -6483,18 +6610,36 @@ class Prepared(NamedTuple):
 
 def prepare(config_path, overrides):
     """Everything that can be known to be wrong before anything is made."""
-    config, notes = read_config(config_path, overrides)
-    config, plan = check_shape(config)
-    return Prepared(config, notes, plan, freeze(config, model_name(config), scan_progress))
+    with Faults() as faults:
+        return look_over(config_path, overrides, faults)
 
 
-def check_shape(config):
-    """The config with its nodes planned, and the plan; an error where its jobs could not run."""
-    time_limit_minutes(config)
-    plan = plan_nodes(config, ENGINES[config.engine.name].sized)
-    ENGINES[config.engine.name].check(config)
-    check_output(config)
-    check_replicas(config, plan.nodes)
+def look_over(config_path, overrides, faults):
+    """What a config means; nothing may be made of it if there are faults."""
+    config, notes = read_with_faults(config_path, overrides, faults)
+    config, plan = check_shape(config, faults)
+    prompts = None
+    with faults.kept("prompts"):
+        prompts = freeze(config, model_name(config), scan_progress)
+    return Prepared(config, notes, plan, prompts)
+
+
+def check_shape(config, faults):
+    """The config with its nodes planned, and the plan; among the faults is why its jobs could not run."""
+    engine, plan = ENGINES[config.engine.name], None
+    with faults.kept():
+        time_limit_minutes(config)
+    if config.model.path or not faults.about("engine.name"):
+        with faults.kept():
+            plan = plan_nodes(config, engine.sized)
+    with faults.kept():
+        engine.check(config)
+    with faults.kept():
+        check_output(config)
+    if plan and not faults.about("slurm.nodes"):
+        with faults.kept():
+            check_replicas(config, plan.nodes)
+    plan = plan or Plan(1 if config.slurm.nodes == "auto" else config.slurm.nodes, None, 0)
     return dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes)), plan
 
 
@@ -6579,16 +6724,13 @@ def command_init(args):
 
 
 def command_check(args):
-    prepared = prepare(args.config, args.set)
-    config, answers = prepared.config, {}
+    slurm, answers = Slurm(os.environ) if shutil.which("sbatch") else None, {}
+    with Faults() as faults:
+        prepared = look_over(args.config, args.set, faults)
+        config = prepared.config
+        if slurm:
+            answers["slurm"] = ask_slurm(slurm, config, faults)
     answers["script"] = script_for(config, Run("RUN"))
-    if shutil.which("sbatch"):
-        slurm = Slurm(os.environ)
-        check_partition(config, slurm.partitions(), config.slurm.nodes)
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
-            script.write(answers["script"].replace("RUN/logs/slurm-%j.out", "/dev/null"))
-            script.flush()
-            answers["slurm"] = re.sub(r"^sbatch: ", "", slurm.submit(config, script.name, "--test-only"))
     answers["engine"] = preview(ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes))
     if args.json:
         say_json({"plan": dataclasses.asdict(config), "notes": prepared.notes, **answers})
@@ -6601,6 +6743,23 @@ def command_check(args):
     say()
     say(textwrap.indent(answers["script"], "    "))
     return DONE
+
+
+def ask_slurm(slurm, config, faults):
+    """What Slurm says to such a job. It refuses one thing at a time, so it is asked again without what is known to be
+    wrong, for as long as it finds more."""
+    while True:
+        known = len(faults.errors)
+        config = dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, **{
+            field.name: default_of(field) for field in dataclasses.fields(SlurmConfig)
+            if faults.about(f"slurm.{field.name}")}))
+        with faults.kept(), tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+            check_partition(config, slurm.partitions(), config.slurm.nodes)
+            script.write(script_for(config, Run("RUN")).replace("RUN/logs/slurm-%j.out", "/dev/null"))
+            script.flush()
+            return re.sub(r"^sbatch: ", "", slurm.submit(config, script.name, "--test-only"))
+        if len(faults.errors) == known or not faults.errors[-1].keys:
+            return ""
 
 
 def command_submit(args):
@@ -6650,7 +6809,8 @@ def join(args, run, failed_again=False, alone=True):
     config = run.config(shape)
     options = ["--array=0"] * (alone and config.slurm.jobs > 1)
     if args.set or failed_again:
-        config, _ = check_shape(other_shape(run, shape, args.set, failed_again))
+        with Faults() as faults:
+            config, _ = check_shape(other_shape(run, shape, args.set, failed_again), faults)
         shape, options = shape + 1, []
         freeze_shape(run, shape, config, script_for(config, run, shape, failed_again))
     with contextlib.suppress(FileNotFoundError):
@@ -6678,6 +6838,7 @@ def other_shape(run, shape, overrides, failed_again):
             raise UserError(f"--set {override}", "cannot be changed for a run that was submitted",
                             "submit a new run, or set keys of slurm, engine, environment, network or model")
         apply_override(data, override)
+    data["overrides"] = [*data.get("overrides", []), *overrides]
     source = data.pop("source")
     return dataclasses.replace(build_config(Config, data, source, os.getcwd()), source=source)
 
@@ -7132,7 +7293,8 @@ def main(argv=None):
             return DONE
         return args.function(args)
     except UserError as error:
-        complain(str(error))
+        for one in getattr(error, "errors", [error]):
+            complain(str(one))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -142,7 +142,8 @@ def test_a_number_of_hundreds_of_digits_is_taken_or_refused_in_one_line(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"engine": {"name": "echo"}, "slurm": {"time": "UNLIMITED"}}))
     try:
         config, _ = llmrun.read_config(tmp_path / "config.json", [f"{key}={'9' * digits}{unit}"])
-        llmrun.check_shape(config)
+        with llmrun.Faults() as faults:
+            llmrun.check_shape(config, faults)
         llmrun.job_script(config, 1, "/x", ["drive"])
     except llmrun.UserError as error:
         assert key.split(".")[1] in str(error) and error.mend and len(str(error)) < 600 + len(str(tmp_path))
