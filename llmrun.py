@@ -729,6 +729,10 @@ class Config:
         """The error for a key whose value turned out wrong on a later floor."""
         return key_error(Written(self.source, self.overrides), dotted, self.value_of(dotted), what, mend)
 
+    def note(self, dotted, what):
+        """A word about a key that is not wrong."""
+        return f"{Written(self.source, self.overrides).place(dotted)}: {show_key(dotted)} {what}"
+
 
 class Written(NamedTuple):
     """Where the keys of a config were written: in a file, or as `--set KEY=VALUE` instead."""
@@ -4001,6 +4005,14 @@ async def replicas(engine, groups, tell):
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 LENGTH_KEYS = {"max_tokens", "max_completion_tokens", "n_predict"}
+PARAMETERS = LENGTH_KEYS.union(re.findall(r"\w+", """
+    temperature top_p top_k min_p typical_p top_n_sigma n best_of stop seed stream stream_options user metadata echo
+    suffix response_format json_schema grammar tools tool_choice parallel_tool_calls logprobs top_logprobs n_probs
+    logit_bias frequency_penalty presence_penalty repetition_penalty repeat_penalty repeat_last_n ignore_eos min_tokens
+    reasoning_effort reasoning_format chat_template_kwargs cache_prompt id_slot mirostat mirostat_tau mirostat_eta
+    samplers dynatemp_range dynatemp_exponent dry_multiplier dry_base dry_allowed_length dry_penalty_last_n
+    xtc_probability xtc_threshold dimensions encoding_format model"""))  # what is none, engines drop without a word
+TEXT_FILE, BATCH_REQUEST, FROM_TEMPLATE = "a text file", "a Batch request", "made by the template"
 Key = Tuple[int, int, int]  # source, row, sample
 
 
@@ -4057,6 +4069,7 @@ class Asking:
         self.config, self.system, self.template = config.prompts, system, template
         self.defaults = {"model": model, **config.prompts.params}
         self.known, self.splices = frozenset(self.defaults) | LENGTH_KEYS, {}
+        self.met = set()  # what the prompts so far were
 
     def of_record(self, source, record, number):
         """(custom_id, url, body without the defaults) of a row; BadRow says what it lacks."""
@@ -4064,9 +4077,12 @@ class Asking:
             text = self.file_text(source, record)
             if not text.strip():
                 raise BadRow("the prompt is empty; write a question in it, or remove the file")
+            self.met.add(TEXT_FILE)
             return record["path"], CHAT, self.chat(self.system, text)
         if "body" in record and "custom_id" in record and (isinstance(record["body"], dict) or not self.template):
+            self.met.add(BATCH_REQUEST)
             return self.of_batch(record)
+        self.met.add(FROM_TEMPLATE)
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
@@ -4376,6 +4392,7 @@ class Frozen(NamedTuple):
     system: str
     template: str
     skipped: List[str]
+    notes: List[str]
 
     def __len__(self):
         return sum(source.rows for source in self.sources)
@@ -4423,7 +4440,24 @@ def freeze(config, model, tell=lambda done, total: None):
     prompts = Input(sources, spool.name, asking, 1)
     check_unique(prompts, hashes)
     check_result_names(config, prompts)
-    return Frozen(sources, spool, system, asking.template, skipped)
+    return Frozen(sources, spool, system, asking.template, skipped, odd_keys(config, sources, asking.met))
+
+
+def odd_keys(config, sources, met):
+    """What the config says to no effect with such prompts, and what of it may be misspelt, in words."""
+    every, kinds = " or ".join(sorted(met)), {source.kind for source in sources}
+    notes = [config.note(dotted, f"has no effect: {why}") for dotted, effect, why in (
+        ("prompts.template", FROM_TEMPLATE in met, f"each prompt is {every} as it stands"),
+        ("prompts.id_column", FROM_TEMPLATE in met, f"each prompt is {every}, which has its own name"),
+        ("prompts.system", met != {BATCH_REQUEST}, "each prompt is a Batch request, which brings its own"),
+        ("results.columns", "csv" in kinds, "no prompt comes from a CSV"),
+        ("results.file_name", "folder" in kinds, "no prompt is a text file"),
+        ("slurm.max_running", config.slurm.jobs > 1, "there is one job; see [slurm] jobs"),
+    ) if not effect and config.value_of(dotted) != Config().value_of(dotted)]
+    for name in set(config.prompts.params) - PARAMETERS:
+        notes += [config.note(f"prompts.params.{name}", f'is sent as it is; did you mean "{meant}"?')
+                  for meant in difflib.get_close_matches(name, PARAMETERS, 1, 0.8)]
+    return notes
 
 
 def read_template(config):
@@ -6621,7 +6655,7 @@ def look_over(config_path, overrides, faults):
     prompts = None
     with faults.kept("prompts"):
         prompts = freeze(config, model_name(config), scan_progress)
-    return Prepared(config, notes, plan, prompts)
+    return Prepared(config, notes + (prompts.notes if prompts else []), plan, prompts)
 
 
 def check_shape(config, faults):
@@ -6683,7 +6717,7 @@ def make_run(prepared):
 def describe(prepared):
     """The plan in a few lines: what will run where, and how much memory it takes."""
     config, plan = prepared.config, prepared.plan
-    lines = [f"{note}" for note in prepared.notes]
+    lines = [f"note      {note}" for note in prepared.notes]
     if plan.model:
         lines.append(f"model     {plan.model.name}: {plan.model.architecture}, {plan.model.layers} layers, "
                      f"{show_size(plan.model.size_bytes)}; {show_size(plan.kv_bytes)} more for "

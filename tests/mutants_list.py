@@ -567,6 +567,10 @@ ENGINES = [
 ]
 
 INPUT = [
+    fault("a misspelt parameter is not noted", "for meant in difflib.get_close_matches(name, PARAMETERS, 1, 0.8)]", "for meant in ()]",
+          "test_prompts.py::test_a_key_to_no_effect_and_a_misspelt_parameter_are_noted"),
+    fault("a template is noted that has an effect", '("prompts.template", FROM_TEMPLATE in met,', '("prompts.template", False,',
+          "test_prompts.py::test_what_has_an_effect_is_not_noted"),
     fault("a join asks for the model of the first submit", '    return json.dumps({**added, "model": self.defaults["model"]})', "    return json.dumps(added)",
           "test_prompts.py::test_a_job_that_joins_with_another_model_names_that_one"),
     fault("two tables of one name overwrite each other", "    if len(same) == 1:\n        return os.path.basename", "    if same:\n        return os.path.basename",

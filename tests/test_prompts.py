@@ -864,3 +864,26 @@ def test_a_job_that_joins_with_another_model_names_that_one(tmp_path, layout):
     assert [json.loads(joined.prompt(number).body) for number in range(2)] == [
         {"model": "another", "max_tokens": 1024, "top_k": 4, **row["body"]} for row in rows[:2]]
     assert layout[0] == ", " or json.loads(joined.prompt(2).body)["model"] == "its own"
+
+
+@pytest.mark.parametrize("user, keys, words", [
+    ("texts", {"template": "Say {x}"}, "[prompts] template has no effect: each prompt is a text file"),
+    ("in.jsonl", {"template": "Say {x}", "id_column": "x"}, "[prompts] template has no effect: each prompt is a Batch request"),
+    ("in.jsonl", {"system": "system.txt"}, "[prompts] system has no effect: each prompt is a Batch request"),
+    ("rows.csv", {"template": "Say {x}", "params": {"temprature": 0.2}}, '[prompts.params] temprature is sent as it is; did you mean "temperature"?')])
+def test_a_key_to_no_effect_and_a_misspelt_parameter_are_noted(tmp_path, user, keys, words):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Why?")
+    (tmp_path / "system.txt").write_text("Be short.")
+    (tmp_path / "rows.csv").write_text("x\n1\n")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": {"messages": [{"role": "user", "content": "Why?"}]}}))
+    keys = {**keys, "system": str(tmp_path / "system.txt")} if "system" in keys else keys
+    notes = llmrun.freeze(config_for(tmp_path, user, **keys), "m").notes
+    assert words in notes[0] and len(notes) == len(keys) - ("params" in keys), notes
+
+
+def test_what_has_an_effect_is_not_noted(tmp_path):
+    (tmp_path / "rows.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "system.txt").write_text("Be short.")
+    keys = {"template": "Say {x}", "id_column": "y", "system": str(tmp_path / "system.txt"), "params": {"temperature": 0.2, "top_k": 3, "my_own": 1}}
+    assert llmrun.freeze(config_for(tmp_path, "rows.csv", **keys), "m").notes == []
