@@ -569,7 +569,8 @@ ANSWER_COLUMNS = ("answer", "reasoning", "finish_reason", "prompt_tokens", "comp
 
 
 def key(default, kind, doc, example=None):
-    """A key of the config; one with an example stands uncommented in the example file."""
+    """A key of the config; one with an example stands uncommented in the example file, and in the one that `init`
+    writes, too; with an empty one it stands there behind a #."""
     extra = {"kind": kind, "doc": doc, "example": example}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=extra)
@@ -584,7 +585,7 @@ class SlurmConfig:
                      "at model.vram_per_node.", example=1)
     time: str = key("01:00:00", TEXT, "The longest the job may take: hours:minutes:seconds, or days-hours.",
                     example="01:00:00")
-    partition: str = key("", TEXT, "The partition (queue); `sinfo` lists them.")
+    partition: str = key("", TEXT, "The partition (queue); `sinfo` lists them.", example="")
     account: str = key("", TEXT, "The account that is charged.")
     qos: str = key("", TEXT, "The quality of service.")
     gpus_per_node: str = key("", AMOUNT, "GPUs on each node, as in \"2\" or \"a100:2\".")
@@ -940,8 +941,8 @@ def example_toml(everything=True):
         for field in shown:
             example = field.metadata["example"]
             lines.extend(textwrap.wrap(field.metadata["doc"], 98, initial_indent="# ", subsequent_indent="# "))
-            value = toml_value(default_of(field) if example is None else example)
-            lines.append(f"{'# ' if example is None else ''}{field.name} = {value}")
+            value = toml_value(example or default_of(field))
+            lines.append(f"{'' if example else '# '}{field.name} = {value}")
         lines.extend([""] if shown else [])
         for field in dataclasses.fields(schema):
             if dataclasses.is_dataclass(field.type):
@@ -7273,7 +7274,7 @@ def command_help_table():
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
             ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
-        ("help", command_help, "more on a topic: config, files, codes, engines, lives",
+        ("help", command_help, "more on a topic: config, results, files, codes, engines, lives",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
         ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}),
                                       ("--shape", {"type": int, "default": 0}), ("--failed", {"action": "store_true"}),
@@ -7379,7 +7380,22 @@ From a model file to answers, on the login node of a Slurm cluster:
   python llmrun.py results              the answers
 
 `python llmrun.py demo` shows all of it on this machine, without Slurm or a model.
-More: `help config`, `help files`, `help codes`, `help engines`, `help lives`; `COMMAND --help`.""",
+More: `help config`, `help results`, `help files`, `help codes`, `help engines`, `help lives`; `COMMAND --help`.""",
+    "results": """\
+`results` writes the answers so far as files, and shows them. While a run goes on, too, as often as you like.
+
+  results                    a table of the newest run; `results RUN` of another
+  results --failed           only the prompts that failed, and why
+  results --format text      the answers in full; `csv` and `jsonl` are for a spreadsheet or a program
+  results -f                 and those to come, until the run ends
+
+The files lie in results/ in the run's folder, or in the folder that [results] folder names:
+
+  results.jsonl              every answer in the order of the prompts, in OpenAI's Batch format
+  errors.jsonl               the prompts that failed; not there if none did
+  part/name.txt              the answer to the text file part/name.txt: [results] file_name changes its name
+  name.csv                   your CSV with the columns of the answers added: [results] columns says which
+""",
     "files": """\
 A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in there:
 

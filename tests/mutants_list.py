@@ -80,6 +80,8 @@ BASICS = [
 ]
 
 CONFIG = [
+    fault("init's config lacks the line that the README says to edit", 'lists them.", example="")', 'lists them.")',
+          "test_config.py::test_the_readme_shows_the_config_that_init_writes_and_names_lines_that_it_has"),
     fault("the first of several faults is the only one that is told", "                if not self.about(*error.keys):\n",
           "                if not self.errors:\n", "test_bad_input.py::test_all_that_is_wrong_is_said_at_once"),
     fault("what follows from another fault is told, too", "                if not self.about(*error.keys):\n",

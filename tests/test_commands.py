@@ -132,3 +132,11 @@ def test_a_job_of_a_cancelled_run_that_starts_after_all_ends_at_once(here):
     here.llmrun("drive", run.folder, code=4)
     assert not {"agents_up", "engine_started"} & {event["event"] for event in here.events()}, "nothing was started"
     assert "cancel" in here.ends()[0]["why"] and not here.journal()
+
+
+def test_every_topic_of_help_is_named_where_help_begins(here):
+    said = here.llmrun("help")
+    for topic in ["config", *llmrun.HELP]:
+        assert topic == "start" or f"`help {topic}`" in said
+        assert len(here.llmrun("help", topic).splitlines()) > 5
+    assert "results.jsonl" in here.llmrun("help", "results")
