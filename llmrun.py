@@ -234,6 +234,19 @@ def patiently(what, work, patience_s=300.0):
             time.sleep(1)
 
 
+def try_writing(folder):
+    """An OSError where a folder, or the nearest above it that is there, takes no files. A full quota shows at the first
+    bytes, and /proc only at a file's name; nothing is left behind."""
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".llmrun-") as made:
+        with open(os.path.join(made, "try"), "wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def parse_lines(lines):
     """The objects of JSONL; a line torn by a crash and written over is left out."""
     objects = []
@@ -4700,12 +4713,13 @@ def check_result_names(config, prompts):
             raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
         if folder and os.path.realpath(os.path.join(folder, name)) in inputs:
             raise config.error("results.folder", "the answers would overwrite the prompts", "name another folder")
-    above = folder
-    while above and not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if folder and not (os.path.isdir(above) and os.access(above, os.W_OK)):
-        raise config.error("results.folder", "cannot be written to" if os.path.isdir(above) else f"{above} is a file",
-                           "name a folder that you may write to")
+    if folder:
+        try:
+            try_writing(folder)
+        except OSError as error:
+            raise config.error("results.folder", f"cannot be written to: {os_reason(error)}",
+                               "name a folder that you may write to")
+
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -6461,13 +6475,24 @@ class Driver:
             work.close(patience_s)
             ending = work.verdict() if work.finished else self.going_on(work, stop)
             if ending.next == NOBODY:
-                first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
-                if first and work.finished:
-                    self.cancel_waiting()
+                return self.saved(work, ending, patience_s)
             return ending
         except OSError as error:
             return Ending(CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; "
                           f"mend that, then `llmrun.py resume {self.run.name}`")
+
+    def saved(self, work, ending, patience_s):
+        """The ending, once what users read is written; all of it stands in the journals, if that cannot be."""
+        try:
+            first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
+        except OSError as error:
+            folder, before = self.config.results.folder or self.run.results, f"{ending.why}; " if ending.why else ""
+            return Ending(CLUSTER_FAILED, f"{before}all answers are kept, but their files cannot be written to "
+                          f"{folder} ({os_reason(error)}): `python llmrun.py results {self.run.name} --to FOLDER` "
+                          "writes them elsewhere")
+        if first and work.finished:
+            self.cancel_waiting()
+        return ending
 
     def cancel_waiting(self):
         """Jobs of the run that have not begun need not."""
@@ -6699,7 +6724,7 @@ def check_output(config):
         try:
             if path:
                 os.makedirs(folder, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
+                try_writing(folder)
         except OSError as error:
             raise config.error(f"slurm.{name}", f"{folder}: {os_reason(error)}", "name a folder that you may write to")
 
@@ -7134,10 +7159,12 @@ def command_results(args):
     config = run.config()
     prompts = Input.load(run, config, model_name(config))
     marks = Marks(run, prompts)
+    if args.to:
+        config = results_elsewhere(config, prompts, args.to)
     try:
         written = f"the files are in {write_results(run, config, marks)}"
     except OSError as error:  # the answers are in the journals, whatever the disk says
-        written = f"the files could not be written: {os_reason(error)}"
+        written = f"the files could not be written: {os_reason(error)}; `results --to FOLDER` writes them elsewhere"
         log(written)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
     form = "jsonl" if args.json else args.format
@@ -7150,6 +7177,14 @@ def command_results(args):
     elif on_terminal():
         say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; {written}")
     return DONE
+
+
+def results_elsewhere(config, prompts, folder):
+    """A run's config with another folder for its answers, which may be none that this would spoil."""
+    results = dataclasses.replace(config.results, folder=os.path.abspath(os.path.expanduser(folder)))
+    config = dataclasses.replace(config, results=results, source=f"--to {folder}", overrides=[])
+    check_result_names(config, prompts)
+    return config
 
 
 def follow_results(run, show, failed, places):
@@ -7223,7 +7258,7 @@ def command_demo(args):
     if code == DONE:
         say()
         command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False,
-                                           follow=False))
+                                           follow=False, to=""))
         say()
         say("Next: `python llmrun.py init` writes a config for a real model.")
     return code
@@ -7273,7 +7308,8 @@ def command_help_table():
         ("results", command_results, "the answers so far", run + as_json + [
             ("--format", {"choices": list(RESULT_FORMATS), "default": "table", "help": ", ".join(RESULT_FORMATS)}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
-            ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
+            ("--failed", {"action": "store_true", "help": "only prompts that failed"}),
+            ("--to", {"default": "", "metavar": "FOLDER", "help": "write the files there instead"})]),
         ("help", command_help, "more on a topic: config, results, files, codes, engines, lives",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
         ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}),
@@ -7388,6 +7424,7 @@ More: `help config`, `help results`, `help files`, `help codes`, `help engines`,
   results --failed           only the prompts that failed, and why
   results --format text      the answers in full; `csv` and `jsonl` are for a spreadsheet or a program
   results -f                 and those to come, until the run ends
+  results --to FOLDER        writes the files there instead, as where their own folder cannot be written
 
 The files lie in results/ in the run's folder, or in the folder that [results] folder names:
 

@@ -27,6 +27,8 @@ def lines(*some):
 
 
 BASICS = [
+    fault("writing is tried without a byte", "            file.write(bytes(4096))\n            file.flush()\n            os.fsync(file.fileno())\n", "            pass\n",
+          "test_basics.py::test_a_full_quota_shows_when_writing_is_tried_and_nothing_is_left_of_it"),
     fault("others' words are obeyed by the terminal", r'"[\x00-\x08\x0b-\x1f\x7f-\x9f]"', r'"[\x00]"',
           "test_others.py::test_what_others_said_is_shown_on_a_terminal_and_not_obeyed"),
     fault("answers are closed to those who may share them", "def write_file(path, text, mode=None):", "def write_file(path, text, mode=0o600):",
@@ -569,6 +571,9 @@ ENGINES = [
 ]
 
 INPUT = [
+    fault("a results folder is not tried at submit", "            try_writing(folder)\n        except OSError as error:\n            raise config.error(\"results.folder\"",
+          "            pass\n        except OSError as error:\n            raise config.error(\"results.folder\"",
+          "test_bad_input.py::test_folders_that_cannot_be_written"),
     fault("a misspelt parameter is not noted", "for meant in difflib.get_close_matches(name, PARAMETERS, 1, 0.8)]", "for meant in ()]",
           "test_prompts.py::test_a_key_to_no_effect_and_a_misspelt_parameter_are_noted"),
     fault("a template is noted that has an effect", '("prompts.template", FROM_TEMPLATE in met,', '("prompts.template", False,',
@@ -939,7 +944,7 @@ DRIVER = [
           lines("        if True:", "            self.stopped = stop"),
           "test_endings.py::test_signals_that_follow_the_first_change_nothing"),
     left_out("waiting jobs are not cancelled at the end",
-             lines("                if first and work.finished:", "                    self.cancel_waiting()\n"),
+             lines("        if first and work.finished:", "            self.cancel_waiting()\n"),
              "test_lives.py::test_waiting_tasks_are_cancelled_when_the_work_is_done"),
     fault("agents see the job's variables", 'environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))',
           "environment = dict(os.environ)",
@@ -1017,6 +1022,8 @@ DRIVER = [
 ]
 
 COMMANDS = [
+    left_out("results --to overwrites prompts", "    check_result_names(config, prompts)\n    return config\n",
+             "test_commands.py::test_answers_whose_folder_cannot_be_written_are_kept_and_written_elsewhere"),
     fault("an old config's log goes on from the last submit", "            link.unlink()\n", "            link.exists()\n",
           "test_scenarios.py::test_an_old_configs_log_begins_anew_at_each_submit_and_each_run_keeps_its_own"),
     fault("cancel ends at the first refusal", "            refused[job] = error\n", "            raise\n",

@@ -245,8 +245,9 @@ def test_folders_that_cannot_be_written(site):
     path = site.folder / "file"
     for key, value, what, mend in [
             ("run_dir", "file", f'run_dir = "{path}": cannot make the run\'s folder: file exists', "name a folder that you may write to"),
-            ("results.folder", "file", f'[results] folder = "{path}": {path} is a file', "name a folder"),
-            ("results.folder", "file/deeper", f'[results] folder = "{path}/deeper": {path} is a file', "name a folder"),
+            ("results.folder", "file", f'[results] folder = "{path}": cannot be written to: not a dir', "name a folder"),
+            ("results.folder", "file/deeper", f'[results] folder = "{path}/deeper": cannot be written to: not a dir', "name a folder"),
+                ("results.folder", "/proc/answers", '[results] folder = "/proc/answers": cannot be written to', "name a folder"),
             ("slurm.output", "file/out.txt", f'[slurm] output = "{path}/out.txt": {path}: file exists', "name a folder"),
             ("results.file_name", "../{path}", '[results] file_name = "../{path}": ../part0/000.txt is outside', 'take out "/" and ".."'),
             ("results.file_name", "all.txt", '[results] file_name = "all.txt": two answers would land in one file', '"{path}" or "{name}"')]:
