@@ -4083,7 +4083,7 @@ class Asking:
         self.config, self.system, self.template = config.prompts, system, template
         self.defaults = {"model": model, **config.prompts.params}
         self.known, self.splices = frozenset(self.defaults) | LENGTH_KEYS, {}
-        self.met = set()  # what the prompts so far were
+        self.met, self.lengths = set(), Lengths(config)  # what the prompts so far were, and how long
 
     def of_record(self, source, record, number):
         """(custom_id, url, body without the defaults) of a row; BadRow says what it lacks."""
@@ -4157,6 +4157,60 @@ class Asking:
         if text_digest(text) != record["digest"]:
             raise UserError(path, CHANGED.format("prompt"), PUT_BACK)
         return text
+
+
+class Lengths:
+    """How many of the prompts seem too long for the context of a slot, or want answers that are. Their bytes tell it
+    only about; one that no tokens could make short enough is refused."""
+
+    TOKEN_BYTES, LONGEST_TOKEN_BYTES = 4, 256  # of usual text; those of usual vocabularies have 128 at most
+
+    def __init__(self, config):
+        self.config, self.context = config, config.engine.context
+        self.bounded = ENGINES[config.engine.name].sized  # by the memory that a slot has
+        self.limit = self.limit_of({"max_tokens": config.prompts.max_tokens, **config.prompts.params})
+        self.prompts = self.too_long = self.longest = self.too_much = self.most = 0
+
+    @staticmethod
+    def limit_of(body):
+        """The most tokens that an answer may have, by the key that wins at the engine."""
+        found = [body[name] for name in ("n_predict", "max_completion_tokens", "max_tokens") if name in body]
+        return found[0] if found and isinstance(found[0], int) else 0
+
+    def add(self, url, body):
+        if not self.bounded:
+            return
+        text = body.get("input" if url == EMBEDDINGS else "prompt" if url == COMPLETIONS else "messages")
+        several = url != CHAT and isinstance(text, list)
+        size = max(map(text_bytes, text), default=0) if several else text_bytes(text)
+        if size > self.context * self.LONGEST_TOKEN_BYTES:
+            raise BadRow(f"its {size} bytes are more than {self.context} tokens can hold; "
+                         "shorten it, or raise [engine] context")
+        self.prompts += 1
+        if size > self.context * self.TOKEN_BYTES:
+            self.too_long, self.longest = self.too_long + 1, max(self.longest, size // self.TOKEN_BYTES)
+        limit = self.limit if LENGTH_KEYS.isdisjoint(body) else self.limit_of(body)
+        if limit > self.context and url != EMBEDDINGS:
+            self.too_much, self.most = self.too_much + 1, max(self.most, limit)
+
+    def notes(self):
+        found = []
+        if self.too_long:
+            found.append(f"= {self.context}: too little for {self.too_long} of {self.prompts} prompts, as far as bytes "
+                         f"tell; the longest has about {self.longest} tokens, and the engine refuses such a prompt")
+        if self.too_much:
+            found.append(f"= {self.context}: less than the max_tokens of {self.too_much} of {self.prompts} prompts, "
+                         f"up to {self.most}; their answers end where the context does")
+        return [self.config.note("engine.context", what) for what in found]
+
+
+def text_bytes(value):
+    """How many bytes of text there are in a message, or in several."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, dict):
+        return text_bytes(value.get("content") or value.get("text"))
+    return sum(map(text_bytes, value)) if isinstance(value, list) else 0
 
 
 def fill(template, row):
@@ -4454,7 +4508,8 @@ def freeze(config, model, tell=lambda done, total: None):
     prompts = Input(sources, spool.name, asking, 1)
     check_unique(prompts, hashes)
     check_result_names(config, prompts)
-    return Frozen(sources, spool, system, asking.template, skipped, odd_keys(config, sources, asking.met))
+    return Frozen(sources, spool, system, asking.template, skipped, odd_keys(config, sources, asking.met)
+                  + asking.lengths.notes())
 
 
 def odd_keys(config, sources, met):
@@ -4604,6 +4659,7 @@ def check_row(source, asking, number, data, fields):
     if not number or own or HALF_CHARACTER.search(data):
         check_encodes(custom_id, body)
     splice = asking.splice(url, body)
+    asking.lengths.add(url, body)
     return custom_id, splice if cut else ""
 
 

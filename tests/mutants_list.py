@@ -571,6 +571,10 @@ ENGINES = [
 ]
 
 INPUT = [
+    fault("a long prompt is not counted", "if size > self.context * self.TOKEN_BYTES:", "if size > self.context * 999:",
+          "test_prompts.py::test_prompts_and_answers_too_long_for_the_context_are_counted_and_the_longest_told"),
+    fault("a list of inputs is measured as one", "size = max(map(text_bytes, text), default=0) if several else", "size = text_bytes(text) if several else",
+          "test_prompts.py::test_the_texts_of_a_prompt_are_measured_in_whatever_shape_they_come"),
     fault("a results folder is not tried at submit", "            try_writing(folder)\n        except OSError as error:\n            raise config.error(\"results.folder\"",
           "            pass\n        except OSError as error:\n            raise config.error(\"results.folder\"",
           "test_bad_input.py::test_folders_that_cannot_be_written"),
