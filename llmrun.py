@@ -683,6 +683,7 @@ class EngineConfig:
                            "slots.")
     port: int = key(0, PORT, "The engine's port; 0 takes a free one.")
     port_is_wish: bool = dataclasses.field(default=False, metadata={"kind": FLAG, "doc": ""})  # of an old config
+    pooling: str = dataclasses.field(default="", metadata={"kind": TEXT, "doc": ""})  # where embeddings are asked for
     load_timeout: float = key(3600.0, DURATION, "How long the model may take to load.")
     request_timeout: float = key(0.0, DURATION, "How long an answer may take, from when it was asked for; 0 is as long "
                                  "as its max_tokens make likely at the pace of the others, and much more.")
@@ -1067,6 +1068,7 @@ class Model(NamedTuple):
     context: int
     size_bytes: int
     files: Tuple[str, ...]
+    pools: bool = False  # it says itself how the vectors of its tokens become one
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -1207,7 +1209,7 @@ def model_from_keys(keys, size_bytes, files):
         name=keys.get("general.name") or Path(files[0]).stem, architecture=architecture, layers=layers,
         heads=head_count, kv_heads=tuple(map(whole, kv_heads)), key_length=count("attention.key_length", length),
         value_length=count("attention.value_length", length), context=count("context_length"), size_bytes=size_bytes,
-        files=files)
+        files=files, pools=bool(count("pooling_type", 0)))
 
 
 def whole(value, most=2**40):
@@ -3781,6 +3783,9 @@ async def echo_server(host, port, key_file, delay_s=0.0):
     await server.serve_forever()
 
 
+OWN_POOLING, MEAN_POOLING = "model", "mean"  # a model for chat names none, and then llama-server makes no embeddings
+
+
 class LlamaCpp(Engine):
     """llama-server on the first node of the group; an RPC worker on each of the others."""
 
@@ -3817,7 +3822,7 @@ class LlamaCpp(Engine):
 
     def foreseen(self):
         return {"server": self.named(self.config) or "llama-server",
-                "worker": self.worker_names[0], "flags": ["--fit", "--alias"]}
+                "worker": self.worker_names[0], "flags": ["--fit", "--alias", "--embeddings", "--pooling"]}
 
     def ports(self, rank):
         rpc_port = self.llama.rpc_port
@@ -3897,10 +3902,20 @@ class LlamaCpp(Engine):
         argv += ["--no-webui"] if "--no-webui" in flags else []
         # Old builds hold a thread for each open connection, and answer no more of them than they have threads.
         argv += ["--threads-http", str(self.in_flight + 8)] if "--threads-http" in flags else []
+        argv += self.for_embeddings(flags)
         env = {"GGML_NO_BACKTRACE": "1"}
         if not self.llama.user_settings:
             env["XDG_CONFIG_HOME"] = str(self.run.folder / "shapes")  # new builds read llama.cpp/config.ini there
         return Process("llama-server", argv + engine.args, env=env, without=self.without, progress=self.progress)
+
+    def for_embeddings(self, flags):
+        """What makes one vector of each text. It is read at one go, so the physical batch must hold all of it: of more
+        than the usual 512 tokens no vector is made otherwise (seen on b11434)."""
+        pooling, size = self.config.engine.pooling, str(self.config.engine.context)
+        if not pooling or "--embeddings" not in flags:
+            return []
+        named = [] if pooling == OWN_POOLING or "--pooling" not in flags else ["--pooling", pooling]
+        return ["--embeddings", *named, "-b", size, "-ub", size]
 
     @staticmethod
     def tensor_split(head, workers):
@@ -4083,7 +4098,7 @@ class Asking:
         self.config, self.system, self.template = config.prompts, system, template
         self.defaults = {"model": model, **config.prompts.params}
         self.known, self.splices = frozenset(self.defaults) | LENGTH_KEYS, {}
-        self.met, self.lengths = set(), Lengths(config)  # what the prompts so far were, and how long
+        self.met, self.urls, self.lengths = set(), set(), Lengths(config)  # what the prompts so far were, and how long
 
     def of_record(self, source, record, number):
         """(custom_id, url, body without the defaults) of a row; BadRow says what it lacks."""
@@ -4461,6 +4476,7 @@ class Frozen(NamedTuple):
     template: str
     skipped: List[str]
     notes: List[str]
+    urls: frozenset  # the endpoints that are asked
 
     def __len__(self):
         return sum(source.rows for source in self.sources)
@@ -4508,8 +4524,11 @@ def freeze(config, model, tell=lambda done, total: None):
     prompts = Input(sources, spool.name, asking, 1)
     check_unique(prompts, hashes)
     check_result_names(config, prompts)
-    return Frozen(sources, spool, system, asking.template, skipped, odd_keys(config, sources, asking.met)
-                  + asking.lengths.notes())
+    notes = odd_keys(config, sources, asking.met) + asking.lengths.notes()
+    if EMBEDDINGS in asking.urls and len(asking.urls) > 1:
+        notes.append(config.note("prompts.user", "asks for embeddings and for other answers: a llama-server that makes "
+                                 "embeddings is slow at others, and many builds refuse them; put them into two runs"))
+    return Frozen(sources, spool, system, asking.template, skipped, notes, frozenset(asking.urls))
 
 
 def odd_keys(config, sources, met):
@@ -4660,6 +4679,7 @@ def check_row(source, asking, number, data, fields):
         check_encodes(custom_id, body)
     splice = asking.splice(url, body)
     asking.lengths.add(url, body)
+    asking.urls.add(url)
     return custom_id, splice if cut else ""
 
 
@@ -5868,8 +5888,9 @@ class Pump:
 def can_pass(status):
     """Whether the same question may be answered another time.
 
-    llama.cpp's "Context size has been exceeded" is a 500 that depends on what else runs, so it may, too."""
-    return not status or status in RETRY_STATUS or status >= 500
+    llama.cpp's "Context size has been exceeded" is a 500 that depends on what else runs, so it may, too; 501 is what it
+    was not started for."""
+    return not status or status in RETRY_STATUS or status >= 500 and status != 501
 
 
 def reply_of(outcome):
@@ -6737,6 +6758,9 @@ def look_over(config_path, overrides, faults):
     prompts = None
     with faults.kept("prompts"):
         prompts = freeze(config, model_name(config), scan_progress)
+    if prompts and EMBEDDINGS in prompts.urls:
+        pooling = OWN_POOLING if plan.model and plan.model.pools else MEAN_POOLING
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pooling=pooling))
     return Prepared(config, notes + (prompts.notes if prompts else []), plan, prompts)
 
 
@@ -7541,6 +7565,9 @@ Exit codes, of every command and of the Slurm job:
   that is too large for one GPU runs on several small ones. The build needs -DGGML_RPC=ON.
   The RPC workers of llama.cpp know no password: they listen on one address of their node, and
   everybody who can reach that address could use them while the job runs.
+  Prompts that ask for embeddings (a Batch file with url /v1/embeddings) start llama-server for them: --embeddings,
+  --pooling mean where the model names none (set your own by args = ["--pooling", "last"] under [engine]), and
+  batches that hold a whole text. Put embeddings and chat into two runs.
 
 [engine] name = "echo"
   No model: it repeats the prompt. To try out a config, or llmrun itself."""}

@@ -492,6 +492,10 @@ NODES = [
 ]
 
 ENGINES = [
+    fault("an engine for embeddings reads short texts only", 'return ["--embeddings", *named, "-b", size, "-ub", size]', 'return ["--embeddings", *named]',
+          "test_engines.py::test_an_input_that_asks_for_embeddings_gets_an_engine_that_makes_them"),
+    fault("a model's own pooling is overruled", 'if pooling == OWN_POOLING or "--pooling" not in flags', 'if "--pooling" not in flags',
+          "test_engines.py::test_a_model_that_names_its_pooling_keeps_it"),
     fault("who answers is not asked whose it is", "        for way in map(part.placed.ways.get, part.opens):", "        for way in ():",
           "test_failures.py::test_a_process_that_took_the_engines_port_is_given_no_key_and_no_prompt",
           "test_programs.py::test_each_of_its_ports_is_proven_to_be_its_own"),
@@ -773,6 +777,8 @@ CLAIMS = [
 ]
 
 PUMP = [
+    fault("501 is asked again", "status >= 500 and status != 501", "status >= 500",
+          "test_work.py::test_what_cannot_pass_is_a_result_with_its_error_and_the_run_goes_on"),
     fault("an error under a 200 is an answer", '    if answer.get("error"):\n        return False', '    if not answer:\n        return False',
           "test_work.py::test_a_200_that_tells_of_an_error_is_no_answer"),
     fault("what has no shape is an empty answer", "    if status == 200 and not is_answer(answer):", '    if status == 200 and answer.get("error"):',
