@@ -117,13 +117,14 @@ DONE, SOME_FAILED, BAD_INPUT, CLUSTER_FAILED, WORK_LEFT, INTERRUPTED = 0, 1, 2, 
 
 
 class UserError(Exception):
-    """What is wrong, where, and what its reader can do about it; one line."""
+    """What is wrong, where, and what its reader can do about it; one line. `keys` are those of the config that it is
+    about."""
 
     exit_code = BAD_INPUT
 
-    def __init__(self, where, what, mend=""):
-        super().__init__(where, what, mend)
-        self.where, self.what, self.mend = one_line(where), one_line(what), one_line(mend)
+    def __init__(self, where, what, mend="", keys=()):
+        super().__init__(where, what, mend, keys)
+        self.where, self.what, self.mend, self.keys = one_line(where), one_line(what), one_line(mend), keys
 
     def __str__(self):
         text = f"{self.where}: {self.what}" if self.where else self.what
@@ -134,6 +135,50 @@ class ClusterError(UserError):
     """The user's input was right, but the engine or the cluster did not do its part."""
 
     exit_code = CLUSTER_FAILED
+
+
+class ManyErrors(UserError):
+    """Several errors of one input, a line each."""
+
+    def __init__(self, errors):
+        super().__init__("", "")
+        self.errors, self.exit_code = errors, errors[0].exit_code
+
+    def __str__(self):
+        return "\n".join(map(str, self.errors))
+
+
+class Faults:
+    """The errors of several looks at one input, raised together at the end of its `with`: its user hears of all of them
+    at once, and of none that only follows from another."""
+
+    def __init__(self):
+        self.errors = []
+
+    def about(self, *keys):
+        """Whether one of these keys, or one of these tables, is wrong as far as is known."""
+        return any(f"{wrong}.".startswith(f"{key}.") for error in self.errors for wrong in error.keys for key in keys)
+
+    @contextlib.contextmanager
+    def kept(self, *keys):
+        """Keeps the errors of a look, which where they name no key are about these."""
+        try:
+            yield
+        except UserError as found:
+            for error in getattr(found, "errors", [found]):
+                error.keys = error.keys or keys
+                if not self.about(*error.keys):
+                    self.errors.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, UserError):
+            with self.kept():
+                raise error
+        if self.errors and (error is None or isinstance(error, UserError)):
+            raise self.errors[0] if len(self.errors) == 1 else ManyErrors(self.errors)
 
 
 def one_line(text):
@@ -187,6 +232,19 @@ def patiently(what, work, patience_s=300.0):
                 raise
             log(f"{what}: {os_reason(error)}; trying again")
             time.sleep(1)
+
+
+def try_writing(folder):
+    """An OSError where a folder, or the nearest above it that is there, takes no files. A full quota shows at the first
+    bytes, and /proc only at a file's name; nothing is left behind."""
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".llmrun-") as made:
+        with open(os.path.join(made, "try"), "wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def parse_lines(lines):
@@ -543,7 +601,8 @@ ANSWER_COLUMNS = ("answer", "reasoning", "finish_reason", "prompt_tokens", "comp
 
 
 def key(default, kind, doc, example=None):
-    """A key of the config; one with an example stands uncommented in the example file."""
+    """A key of the config; one with an example stands uncommented in the example file, and in the one that `init`
+    writes, too; with an empty one it stands there behind a #."""
     extra = {"kind": kind, "doc": doc, "example": example}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=extra)
@@ -558,7 +617,7 @@ class SlurmConfig:
                      "at model.vram_per_node.", example=1)
     time: str = key("01:00:00", TEXT, "The longest the job may take: hours:minutes:seconds, or days-hours.",
                     example="01:00:00")
-    partition: str = key("", TEXT, "The partition (queue); `sinfo` lists them.")
+    partition: str = key("", TEXT, "The partition (queue); `sinfo` lists them.", example="")
     account: str = key("", TEXT, "The account that is charged.")
     qos: str = key("", TEXT, "The quality of service.")
     gpus_per_node: str = key("", AMOUNT, "GPUs on each node, as in \"2\" or \"a100:2\".")
@@ -643,6 +702,7 @@ class EngineConfig:
                            "slots.")
     port: int = key(0, PORT, "The engine's port; 0 takes a free one.")
     port_is_wish: bool = dataclasses.field(default=False, metadata={"kind": FLAG, "doc": ""})  # of an old config
+    pooling: str = dataclasses.field(default="", metadata={"kind": TEXT, "doc": ""})  # where embeddings are asked for
     load_timeout: float = key(3600.0, DURATION, "How long the model may take to load.")
     request_timeout: float = key(0.0, DURATION, "How long an answer may take, from when it was asked for; 0 is as long "
                                  "as its max_tokens make likely at the pace of the others, and much more.")
@@ -696,58 +756,123 @@ class Config:
     prompts: PromptsConfig = dataclasses.field(default_factory=PromptsConfig)
     results: ResultsConfig = dataclasses.field(default_factory=ResultsConfig)
     source: str = dataclasses.field(default="", metadata={"kind": TEXT, "doc": ""})
+    overrides: List[str] = dataclasses.field(default_factory=list, metadata={"kind": list_of(TEXT), "doc": ""})
+
+    def value_of(self, dotted):
+        return functools.reduce(getattr, dotted.split("."), self)
 
     def error(self, dotted, what, mend=""):
         """The error for a key whose value turned out wrong on a later floor."""
-        value = self
-        for part in dotted.split("."):
-            value = getattr(value, part)
-        return key_error(self.source, dotted, value, what, mend)
+        return key_error(Written(self.source, self.overrides), dotted, self.value_of(dotted), what, mend)
+
+    def note(self, dotted, what):
+        """A word about a key that is not wrong."""
+        return f"{Written(self.source, self.overrides).place(dotted)}: {show_key(dotted)} {what}"
 
 
-def key_error(source, dotted, value, what, mend):
-    shown = json.dumps(value, default=str)
+class Written(NamedTuple):
+    """Where the keys of a config were written: in a file, or as `--set KEY=VALUE` instead."""
+
+    source: str
+    overrides: List[str]
+
+    def override(self, dotted):
+        """The last --set of a key, of its table, or of one in that table, as it was typed; or ""."""
+        found = [""]
+        for text in self.overrides:
+            one, other = sorted((f"{text.partition('=')[0].strip()}.", f"{dotted}."), key=len)
+            found += [text] * other.startswith(one)
+        return found[-1]
+
+    def place(self, dotted):
+        """"config.toml:12", the line on which a key stands, where that can be found out, or "--set KEY=VALUE"."""
+        if self.override(dotted):
+            return f"--set {shortened(self.override(dotted))}"
+        table, _, name = dotted.rpartition(".")
+        current = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            lines = Path(self.source).read_text().splitlines() if self.source.endswith(".toml") else []
+            for number, line in enumerate(lines, 1):
+                header = re.match(r"\s*\[([^\[\]]+)\]", line)
+                current = header.group(1).strip() if header else current
+                if header and current == dotted or (
+                        current == table and re.match(r"\s*[\"']?%s[\"']?\s*=" % re.escape(name), line)):
+                    return f"{self.source}:{number}"
+        return self.source
+
+
+def key_error(written, dotted, value, what, mend):
+    shown = shortened(json.dumps(value, default=str))
+    return UserError(written.place(dotted), f"{show_key(dotted)} = {shown}: {what}", mend, (dotted,))
+
+
+def shortened(text):
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def show_key(dotted):
     table, _, name = dotted.rpartition(".")
-    shown = shown if len(shown) <= 120 else shown[:117] + "..."
-    return UserError(place_of(source, dotted), f"{f'[{table}] ' if table else ''}{name} = {shown}: {what}", mend)
+    return f"[{table}] {name}" if table else name
 
 
-def place_of(source, dotted):
-    """"config.toml:12", the line on which a key stands, where that can be found out."""
+def unknown_key(written, dotted):
+    """The error for a key that nobody knows: one that is spelt like it, or stands in another table, may be meant."""
     table, _, name = dotted.rpartition(".")
-    current = ""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        lines = Path(source).read_text().splitlines() if source.endswith(".toml") else []
-        for number, line in enumerate(lines, 1):
-            header = re.match(r"\s*\[([^\[\]]+)\]", line)
-            current = header.group(1).strip() if header else current
-            if current == table and re.match(r"\s*[\"']?%s[\"']?\s*=" % re.escape(name), line):
-                return f"{source}:{number}"
-    return source
+    everywhere = list(known_keys(Config))
+    own = [key for key in everywhere if key.rpartition(".")[0] == table]
+    meant = (near_keys(name, everywhere, 1) or near_keys(name, own, 0.75) or near_keys(name, everywhere, 0.85)
+             or near_keys(name, own, 0.6))
+    mend = "known are " + ", ".join(key.rpartition(".")[2] for key in own)
+    if meant:
+        typed, here = written.override(dotted), len(table) + 1 if table else 0
+        shown = [f'"{key}"' if typed else f'"{key[here:]}"' if key in own else show_key(key) for key in meant]
+        mend = f"did you mean {' or '.join(shown)}?"
+    return UserError(written.place(dotted), f"unknown key {show_key(dotted)}", mend, tuple(meant))
 
 
-def build_config(schema, data, source, base, table=""):
-    """A config (or one table of it) from plain data, every key checked."""
+def near_keys(name, keys, likeness):
+    """Those of the keys, in whatever tables, whose name is most like this one."""
+    found = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in keys], 1, likeness)
+    return [key for key in keys if key.rpartition(".")[2] in found]
+
+
+def known_keys(schema, table=""):
+    """All keys that a user may write, with their tables."""
+    for field in dataclasses.fields(schema):
+        dotted = f"{table}.{field.name}" if table else field.name
+        if dataclasses.is_dataclass(field.type):
+            yield dotted
+            yield from known_keys(field.type, dotted)
+        elif field.metadata["doc"]:
+            yield dotted
+
+
+def build_config(schema, data, source, base):
+    """A config from plain data, every key checked."""
+    with Faults() as faults:
+        return build_table(schema, data, Written(source, data.get("overrides", [])), base, faults)
+
+
+def build_table(schema, data, written, base, faults, table=""):
+    """A config, or one table of it; a key that is wrong is among the faults, and here has its default."""
     if not isinstance(data, dict):
-        raise key_error(source, table, data, "not a table", f"write its keys below a line [{table}]")
+        faults.errors.append(key_error(written, table, data, "not a table", f"write its keys below a line [{table}]"))
+        data = {}
     fields = {field.name: field for field in dataclasses.fields(schema)}
-    for name in data:
-        if name not in fields:
-            known = [f for f in fields if f != "source"]
-            raise UserError(place_of(source, f"{table}.{name}" if table else name),
-                            f"unknown key {f'[{table}] ' if table else ''}{name}",
-                            nearest(name, known) or "known are " + ", ".join(known))
+    faults.errors += [unknown_key(written, f"{table}.{name}" if table else name) for name in data if name not in fields]
     values = {}
     for name, field in fields.items():
         dotted = f"{table}.{name}" if table else name
         if dataclasses.is_dataclass(field.type):
-            values[name] = build_config(field.type, data.get(name, {}), source, base, dotted)
+            values[name] = build_table(field.type, data.get(name, {}), written, base, faults, dotted)
             continue
-        given = data[name] if name in data else default_of(field)
+        values[name] = given = data[name] if name in data else default_of(field)
+        kind = field.metadata["kind"]
         try:
-            values[name] = field.metadata["kind"].convert(given, base)
+            values[name] = kind.convert(given, base)
         except ValueError as error:
-            raise key_error(source, dotted, given, field.metadata["kind"].wrong(error), error)
+            faults.errors.append(key_error(written, dotted, given, kind.wrong(error), error))
+            values[name] = kind.convert(default_of(field), base)
     return schema(**values)
 
 
@@ -815,12 +940,14 @@ def apply_override(data, override):
     """Put `--set table.key=value` into the data of a config."""
     dotted, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", dotted.strip()):
-        raise UserError(f"--set {override}", "not of the form table.key=value", "as in --set slurm.nodes=3")
+        raise UserError(f"--set {override}", "not of the form table.key=value", "as in --set slurm.nodes=3",
+                        (dotted.strip(),))
     *tables, name = dotted.strip().split(".")
     for table in tables:
         data = data.setdefault(table, {})
         if not isinstance(data, dict):
-            raise UserError(f"--set {override}", f"{table} is no table", "`help config` lists the tables")
+            raise UserError(f"--set {override}", f"{table} is no table", "`help config` lists the tables",
+                            (dotted.strip(),))
     data[name] = parse_value(text.strip())
 
 
@@ -856,8 +983,8 @@ def example_toml(everything=True):
         for field in shown:
             example = field.metadata["example"]
             lines.extend(textwrap.wrap(field.metadata["doc"], 98, initial_indent="# ", subsequent_indent="# "))
-            value = toml_value(default_of(field) if example is None else example)
-            lines.append(f"{'# ' if example is None else ''}{field.name} = {value}")
+            value = toml_value(example or default_of(field))
+            lines.append(f"{'' if example else '# '}{field.name} = {value}")
         lines.extend([""] if shown else [])
         for field in dataclasses.fields(schema):
             if dataclasses.is_dataclass(field.type):
@@ -881,12 +1008,11 @@ FLAT_KEYS = {"job_name": "name", "output_log": "slurm.output_link", "dir_llama_s
 FLAT_CONTEXT = 8192  # what the scripts around these files always passed as -c
 
 
-def from_flat_config(flat, source):
+def from_flat_config(flat, source, faults):
     """The config that a lab's flat config.json means, and what its user should know of it."""
     known = list(FLAT_KEYS) + ["result_dir", "ntasks", "sbatch_script"]
-    for name in flat:
-        if name not in known:
-            raise UserError(source, f"unknown key {name}", nearest(name, known) or "known are " + ", ".join(known))
+    faults.errors += [UserError(source, f"unknown key {name}", nearest(name, known) or "known are " + ", ".join(known))
+                      for name in flat if name not in known]
     data, notes = {}, []
     for name, dotted in FLAT_KEYS.items():
         value = flat.get(name, "")
@@ -923,6 +1049,12 @@ def sbatch_options(script):
 
 def read_config(path, overrides=()):
     """The config of a file as the user means it, and what to tell about how it was read."""
+    with Faults() as faults:
+        return read_with_faults(path, overrides, faults)
+
+
+def read_with_faults(path, overrides, faults):
+    """The same for who looks on; a key that is wrong is among the faults, and has its default."""
     path = os.path.abspath(path)
     if os.path.isfile(path) and os.path.getsize(path) > MAX_CONFIG_BYTES:
         raise UserError(path, f"a config of {show_size(os.path.getsize(path))}",
@@ -931,13 +1063,16 @@ def read_config(path, overrides=()):
     base = os.path.dirname(path)
     notes = []
     if isinstance(data, dict) and "dir_llama_script" in data:
-        data, notes = from_flat_config(data, path)
+        data, notes = from_flat_config(data, path, faults)
     if not isinstance(data, dict):
         raise UserError(path, "not a table of keys", "`init` writes a config to start from")
     for override in overrides:
-        apply_override(data, override)
-    data.pop("source", None)
-    return dataclasses.replace(build_config(Config, data, path, base), source=path), notes
+        with faults.kept():
+            apply_override(data, override)
+    for ours in ("source", "overrides"):
+        data.pop(ours, None)
+    config = build_table(Config, data, Written(path, overrides), base, faults)
+    return dataclasses.replace(config, source=path, overrides=list(overrides)), notes
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -961,6 +1096,7 @@ class Model(NamedTuple):
     context: int
     size_bytes: int
     files: Tuple[str, ...]
+    pools: bool = False  # it says itself how the vectors of its tokens become one
 
 
 GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -1101,7 +1237,7 @@ def model_from_keys(keys, size_bytes, files):
         name=keys.get("general.name") or Path(files[0]).stem, architecture=architecture, layers=layers,
         heads=head_count, kv_heads=tuple(map(whole, kv_heads)), key_length=count("attention.key_length", length),
         value_length=count("attention.value_length", length), context=count("context_length"), size_bytes=size_bytes,
-        files=files)
+        files=files, pools=bool(count("pooling_type", 0)))
 
 
 def whole(value, most=2**40):
@@ -1338,7 +1474,7 @@ ENDINGS = {"TIMEOUT": "the time limit came", "OUT_OF_MEMORY": "the node ran out 
            "NODE_FAIL": "a node failed", "CANCELLED": "cancelled", "PREEMPTED": "preempted",
            "BOOT_FAIL": "a node failed", "DEADLINE": "its deadline passed"}
 
-REFUSALS = (  # what sbatch prints, the key it is about, what to do
+REFUSALS = (  # what sbatch prints, the key it is about (of several those that the config sets), what to do
     (r"invalid partition|Invalid partition", "slurm.partition", "`sinfo -s` lists the partitions"),
     (r"[Ii]nvalid account", "slurm.account", "`sacctmgr show assoc user=$USER format=account,partition` lists yours"),
     (r"Invalid qos", "slurm.qos", "`sacctmgr show assoc user=$USER format=qos` lists yours"),
@@ -1351,7 +1487,8 @@ REFUSALS = (  # what sbatch prints, the key it is about, what to do
     (r"[Tt]ime limit", "slurm.time", "ask for less time"),
     (r"[Nn]ode count", "slurm.nodes", "ask for fewer nodes"),
     (r"More processors", "slurm.cpus_per_node", "`sinfo -o '%P %c'` lists the cores of each partition's nodes"),
-    (r"node configuration is not available", "slurm.gpus_per_node",
+    (r"node configuration is not available",
+     "slurm.gpus_per_node slurm.mem slurm.cpus_per_node slurm.constraint slurm.nodelist",
      "no node has all that is asked for: `sinfo -o '%P %c %m %G'` lists cores, memory and GPUs"))
 
 
@@ -1461,12 +1598,16 @@ def refusal(config, message, partitions=list):
     reasons = [re.sub(r"^(sbatch|srun|salloc): (error: |fatal: )?", "", line) for line in message.splitlines()]
     reason = "; ".join(dict.fromkeys(line.replace("Batch job submission failed: ", "") for line in reasons if line
                                      and not line.startswith("Try ")))
-    for pattern, dotted, mend in REFUSALS:
+    for pattern, keys, mend in REFUSALS:
         if re.search(pattern, reason):
-            known = [partition.name for partition in partitions()] if dotted == "slurm.partition" else []
+            known = [partition.name for partition in partitions()] if keys == "slurm.partition" else []
             if known:
                 mend = nearest(config.slurm.partition, known) or "this cluster has " + ", ".join(known)
-            return config.error(dotted, f"Slurm refuses: {reason}", mend)
+            asked = [key for key in keys.split() if " " not in keys or config.value_of(key)]
+            if len(asked) == 1:
+                return config.error(asked[0], f"Slurm refuses: {reason}", mend)
+            whole = " and ".join(map(show_key, asked)) or "the job"
+            return UserError(config.source, f"Slurm refuses {whole}: {reason}", mend, tuple(asked))
     return UserError(config.source, f"Slurm refuses the job: {reason or 'no reason given'}",
                      "see [slurm] and [slurm.extra] in the config")
 
@@ -3712,6 +3853,9 @@ async def echo_server(host, port, key_file, delay_s=0.0):
     await server.serve_forever()
 
 
+OWN_POOLING, MEAN_POOLING = "model", "mean"  # a model for chat names none, and then llama-server makes no embeddings
+
+
 class LlamaCpp(Engine):
     """llama-server on the first node of the group; an RPC worker on each of the others."""
 
@@ -3748,7 +3892,7 @@ class LlamaCpp(Engine):
 
     def foreseen(self):
         return {"server": self.named(self.config) or "llama-server",
-                "worker": self.worker_names[0], "flags": ["--fit", "--alias"]}
+                "worker": self.worker_names[0], "flags": ["--fit", "--alias", "--embeddings", "--pooling"]}
 
     def ports(self, rank):
         rpc_port = self.llama.rpc_port
@@ -3828,10 +3972,20 @@ class LlamaCpp(Engine):
         argv += ["--no-webui"] if "--no-webui" in flags else []
         # Old builds hold a thread for each open connection, and answer no more of them than they have threads.
         argv += ["--threads-http", str(self.in_flight + 8)] if "--threads-http" in flags else []
+        argv += self.for_embeddings(flags)
         env = {"GGML_NO_BACKTRACE": "1"}
         if not self.llama.user_settings:
             env["XDG_CONFIG_HOME"] = str(self.run.folder / "shapes")  # new builds read llama.cpp/config.ini there
         return Process("llama-server", argv + engine.args, env=env, without=self.without, progress=self.progress)
+
+    def for_embeddings(self, flags):
+        """What makes one vector of each text. It is read at one go, so the physical batch must hold all of it: of more
+        than the usual 512 tokens no vector is made otherwise (seen on b11434)."""
+        pooling, size = self.config.engine.pooling, str(self.config.engine.context)
+        if not pooling or "--embeddings" not in flags:
+            return []
+        named = [] if pooling == OWN_POOLING or "--pooling" not in flags else ["--pooling", pooling]
+        return ["--embeddings", *named, "-b", size, "-ub", size]
 
     @staticmethod
     def tensor_split(head, workers):
@@ -3950,6 +4104,14 @@ async def replicas(engine, groups, tell):
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 LENGTH_KEYS = {"max_tokens", "max_completion_tokens", "n_predict"}
+PARAMETERS = LENGTH_KEYS.union(re.findall(r"\w+", """
+    temperature top_p top_k min_p typical_p top_n_sigma n best_of stop seed stream stream_options user metadata echo
+    suffix response_format json_schema grammar tools tool_choice parallel_tool_calls logprobs top_logprobs n_probs
+    logit_bias frequency_penalty presence_penalty repetition_penalty repeat_penalty repeat_last_n ignore_eos min_tokens
+    reasoning_effort reasoning_format chat_template_kwargs cache_prompt id_slot mirostat mirostat_tau mirostat_eta
+    samplers dynatemp_range dynatemp_exponent dry_multiplier dry_base dry_allowed_length dry_penalty_last_n
+    xtc_probability xtc_threshold dimensions encoding_format model"""))  # what is none, engines drop without a word
+TEXT_FILE, BATCH_REQUEST, FROM_TEMPLATE = "a text file", "a Batch request", "made by the template"
 Key = Tuple[int, int, int]  # source, row, sample
 
 
@@ -4008,6 +4170,7 @@ class Asking:
         self.config, self.system, self.template = config.prompts, system, template
         self.defaults = {"model": model, **config.prompts.params}
         self.known, self.splices = frozenset(self.defaults) | LENGTH_KEYS, {}
+        self.met, self.urls, self.lengths = set(), set(), Lengths(config)  # what the prompts so far were, and how long
 
     def of_record(self, source, record, number):
         """(custom_id, url, body without the defaults) of a row; BadRow says what it lacks."""
@@ -4015,9 +4178,12 @@ class Asking:
             text = self.file_text(source, record)
             if not text.strip():
                 raise BadRow("the prompt is empty; write a question in it, or remove the file")
+            self.met.add(TEXT_FILE)
             return record["path"], CHAT, self.chat(self.system, text)
         if self.is_batch(record):
+            self.met.add(BATCH_REQUEST)
             return self.of_batch(record)
+        self.met.add(FROM_TEMPLATE)
         if not self.template:
             raise BadRow("neither a Batch request nor is there a template; "
                          "set [prompts] template to a text with {columns}")
@@ -4104,6 +4270,60 @@ def column_of(row, name, which="", mend=""):
     if name not in row:
         raise BadRow(f"there is no column {name}{which}; {nearest(name, row) or 'there are ' + ', '.join(row)}{mend}")
     return as_text(row[name])
+
+
+class Lengths:
+    """How many of the prompts seem too long for the context of a slot, or want answers that are. Their bytes tell it
+    only about; one that no tokens could make short enough is refused."""
+
+    TOKEN_BYTES, LONGEST_TOKEN_BYTES = 4, 256  # of usual text; those of usual vocabularies have 128 at most
+
+    def __init__(self, config):
+        self.config, self.context = config, config.engine.context
+        self.bounded = ENGINES[config.engine.name].sized  # by the memory that a slot has
+        self.limit = self.limit_of({"max_tokens": config.prompts.max_tokens, **config.prompts.params})
+        self.prompts = self.too_long = self.longest = self.too_much = self.most = 0
+
+    @staticmethod
+    def limit_of(body):
+        """The most tokens that an answer may have, by the key that wins at the engine."""
+        found = [body[name] for name in ("n_predict", "max_completion_tokens", "max_tokens") if name in body]
+        return found[0] if found and isinstance(found[0], int) else 0
+
+    def add(self, url, body):
+        if not self.bounded:
+            return
+        text = body.get("input" if url == EMBEDDINGS else "prompt" if url == COMPLETIONS else "messages")
+        several = url != CHAT and isinstance(text, list)
+        size = max(map(text_bytes, text), default=0) if several else text_bytes(text)
+        if size > self.context * self.LONGEST_TOKEN_BYTES:
+            raise BadRow(f"its {size} bytes are more than {self.context} tokens can hold; "
+                         "shorten it, or raise [engine] context")
+        self.prompts += 1
+        if size > self.context * self.TOKEN_BYTES:
+            self.too_long, self.longest = self.too_long + 1, max(self.longest, size // self.TOKEN_BYTES)
+        limit = self.limit if LENGTH_KEYS.isdisjoint(body) else self.limit_of(body)
+        if limit > self.context and url != EMBEDDINGS:
+            self.too_much, self.most = self.too_much + 1, max(self.most, limit)
+
+    def notes(self):
+        found = []
+        if self.too_long:
+            found.append(f"= {self.context}: too little for {self.too_long} of {self.prompts} prompts, as far as bytes "
+                         f"tell; the longest has about {self.longest} tokens, and the engine refuses such a prompt")
+        if self.too_much:
+            found.append(f"= {self.context}: less than the max_tokens of {self.too_much} of {self.prompts} prompts, "
+                         f"up to {self.most}; their answers end where the context does")
+        return [self.config.note("engine.context", what) for what in found]
+
+
+def text_bytes(value):
+    """How many bytes of text there are in a message, or in several."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode(errors="replace"))
+    if isinstance(value, dict):
+        return text_bytes(value.get("content") or value.get("text"))
+    return sum(map(text_bytes, value)) if isinstance(value, list) else 0
 
 
 def fill(template, row):
@@ -4384,6 +4604,7 @@ class Frozen(NamedTuple):
     template: str
     skipped: List[str]
     notes: List[str]  # what the user should know of how it was taken
+    urls: frozenset  # the endpoints that are asked
 
     def __len__(self):
         return sum(source.rows for source in self.sources)
@@ -4408,13 +4629,19 @@ csv.field_size_limit(2**31 - 1)  # a cell may hold a whole document
 
 def freeze(config, model, tell=lambda done, total: None):
     """Read all of the input once, as it will be asked: what is wrong with a row is known before anything starts."""
-    system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
-    if not isinstance(config.prompts.params.get("seed") or 0, int):
-        raise config.error("prompts.params", "its seed is no whole number", "write a number")
-    asking = Asking(config, model, system, read_template(config))
+    with Faults() as faults:
+        with faults.kept("prompts.system"):
+            system = read_user_file(config.prompts.system, "system prompt") if config.prompts.system else ""
+        with faults.kept("prompts.template"):
+            template = read_template(config)
+        with faults.kept("prompts.user"):
+            found = find_sources(config)
+        if not isinstance(config.prompts.params.get("seed") or 0, int):
+            raise config.error("prompts.params", "its seed is no whole number", "write a number")
+    asking = Asking(config, model, system, template)
     spool = tempfile.TemporaryDirectory()
     sources, skipped, hashes = [], [], array.array("q")
-    for number, (kind, path) in enumerate(find_sources(config)):
+    for number, (kind, path) in enumerate(found):
         row_file, index_file = (os.path.join(spool.name, f"{number}.{ending}") for ending in ("rows", "index"))
         source = Source(kind, path, make_row_file(kind, path, row_file, skipped), 0, 0, 0, "", [], "")
         sources.append(scan_source(source, index_file, asking, skipped, hashes, tell))
@@ -4425,7 +4652,28 @@ def freeze(config, model, tell=lambda done, total: None):
     prompts = Input(sources, spool.name, asking, 1)
     check_unique(prompts, hashes)
     check_result_names(config, prompts)
-    return Frozen(sources, spool, system, asking.template, skipped, notes_on_columns(config, sources))
+    notes = notes_on_columns(config, sources) + odd_keys(config, sources, asking.met) + asking.lengths.notes()
+    if EMBEDDINGS in asking.urls and len(asking.urls) > 1:
+        notes.append(config.note("prompts.user", "asks for embeddings and for other answers: a llama-server that makes "
+                                 "embeddings is slow at others, and many builds refuse them; put them into two runs"))
+    return Frozen(sources, spool, system, asking.template, skipped, notes, frozenset(asking.urls))
+
+
+def odd_keys(config, sources, met):
+    """What the config says to no effect with such prompts, and what of it may be misspelt, in words."""
+    every, kinds = " or ".join(sorted(met)), {source.kind for source in sources}
+    notes = [config.note(dotted, f"has no effect: {why}") for dotted, effect, why in (
+        ("prompts.template", FROM_TEMPLATE in met, f"each prompt is {every} as it stands"),
+        ("prompts.id_column", FROM_TEMPLATE in met, f"each prompt is {every}, which has its own name"),
+        ("prompts.system", met != {BATCH_REQUEST}, "each prompt is a Batch request, which brings its own"),
+        ("results.columns", "csv" in kinds, "no prompt comes from a CSV"),
+        ("results.file_name", "folder" in kinds, "no prompt is a text file"),
+        ("slurm.max_running", config.slurm.jobs > 1, "there is one job; see [slurm] jobs"),
+    ) if not effect and config.value_of(dotted) != Config().value_of(dotted)]
+    for name in set(config.prompts.params) - PARAMETERS:
+        notes += [config.note(f"prompts.params.{name}", f'is sent as it is; did you mean "{meant}"?')
+                  for meant in difflib.get_close_matches(name, PARAMETERS, 1, 0.8)]
+    return notes
 
 
 def read_template(config):
@@ -4568,6 +4816,8 @@ def check_row(source, asking, number, data, fields):
     if not number or own or HALF_CHARACTER.search(data):
         check_encodes(custom_id, body)
     splice = asking.splice(url, body)
+    asking.lengths.add(url, body)
+    asking.urls.add(url)
     return custom_id, splice if cut else ""
 
 
@@ -4700,12 +4950,13 @@ def check_result_names(config, prompts):
             raise config.error("results.file_name", f"{name} is outside the results folder", 'take out "/" and ".."')
         if folder and os.path.realpath(os.path.join(folder, name)) in inputs:
             raise config.error("results.folder", "the answers would overwrite the prompts", "name another folder")
-    above = folder
-    while above and not os.path.lexists(above):
-        above = os.path.dirname(above)
-    if folder and not (os.path.isdir(above) and os.access(above, os.W_OK)):
-        raise config.error("results.folder", "cannot be written to" if os.path.isdir(above) else f"{above} is a file",
-                           "name a folder that you may write to")
+    if folder:
+        try:
+            try_writing(folder)
+        except OSError as error:
+            raise config.error("results.folder", f"cannot be written to: {os_reason(error)}",
+                               "name a folder that you may write to")
+
 
 
 # ═══════════════════════════════════════════════════════════════════════════════
@@ -5130,8 +5381,8 @@ class Tally:
         if self.answers >= 10 and self.all_same:
             return f"all {self.answers} answers are the same: do the prompts reach the model?"
         if self.answers >= 2 and self.cut * 2 > self.answers:
-            return (f"{self.cut} of {self.answers} answers of this job were cut off by their length: raise max_tokens in "
-                    "[prompts], or in the rows that say their own")
+            return (f"{self.cut} of {self.answers} answers of this job were cut off by their length: raise max_tokens "
+                    "in [prompts], or in the rows that say their own")
         return ""
 
 
@@ -5815,8 +6066,9 @@ class Pump:
 def can_pass(status):
     """Whether the same question may be answered another time.
 
-    llama.cpp's "Context size has been exceeded" is a 500 that depends on what else runs, so it may, too."""
-    return not status or status in RETRY_STATUS or status >= 500
+    llama.cpp's "Context size has been exceeded" is a 500 that depends on what else runs, so it may, too; 501 is what it
+    was not started for."""
+    return not status or status in RETRY_STATUS or status >= 500 and status != 501
 
 
 def reply_of(outcome):
@@ -6502,16 +6754,26 @@ class Driver:
             work.close(patience_s)
             ending = work.verdict() if work.finished else self.going_on(work, stop)
             if ending.next == NOBODY:
-                first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
-                if first and work.finished:
-                    self.cancel_waiting()
-            else:
-                with contextlib.suppress(OSError):
-                    work.show()
+                return self.saved(work, ending, patience_s)
+            with contextlib.suppress(OSError):
+                work.show()
             return ending
         except OSError as error:
             return Ending(CLUSTER_FAILED, f"results could not be written: {os_reason(error)}; "
                           f"mend that, then `llmrun.py resume {self.run.name}`")
+
+    def saved(self, work, ending, patience_s):
+        """The ending, once what users read is written; all of it stands in the journals, if that cannot be."""
+        try:
+            first = patiently("cannot write the results", lambda: work.save(ending), patience_s)
+        except OSError as error:
+            folder, before = self.config.results.folder or self.run.results, f"{ending.why}; " if ending.why else ""
+            return Ending(CLUSTER_FAILED, f"{before}all answers are kept, but their files cannot be written to "
+                          f"{folder} ({os_reason(error)}): `python llmrun.py results {self.run.name} --to FOLDER` "
+                          "writes them elsewhere")
+        if first and work.finished:
+            self.cancel_waiting()
+        return ending
 
     def cancel_waiting(self):
         """Jobs of the run that have not begun need not."""
@@ -6700,19 +6962,39 @@ class Prepared(NamedTuple):
 
 def prepare(config_path, overrides):
     """Everything that can be known to be wrong before anything is made."""
-    config, notes = read_config(config_path or "config.toml", overrides)
-    config, plan = check_shape(config)
-    prompts = freeze(config, model_name(config), scan_progress)
-    return Prepared(config, notes + prompts.notes, plan, prompts)
+    with Faults() as faults:
+        return look_over(config_path, overrides, faults)
 
 
-def check_shape(config):
-    """The config with its nodes planned, and the plan; an error where its jobs could not run."""
-    time_limit_minutes(config)
-    plan = plan_nodes(config, ENGINES[config.engine.name].sized)
-    ENGINES[config.engine.name].check(config)
-    check_output(config)
-    check_replicas(config, plan.nodes)
+def look_over(config_path, overrides, faults):
+    """What a config means; nothing may be made of it if there are faults."""
+    config, notes = read_with_faults(config_path, overrides, faults)
+    config, plan = check_shape(config, faults)
+    prompts = None
+    with faults.kept("prompts"):
+        prompts = freeze(config, model_name(config), scan_progress)
+    if prompts and EMBEDDINGS in prompts.urls:
+        pooling = OWN_POOLING if plan.model and plan.model.pools else MEAN_POOLING
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, pooling=pooling))
+    return Prepared(config, notes + (prompts.notes if prompts else []), plan, prompts)
+
+
+def check_shape(config, faults):
+    """The config with its nodes planned, and the plan; among the faults is why its jobs could not run."""
+    engine, plan = ENGINES[config.engine.name], None
+    with faults.kept():
+        time_limit_minutes(config)
+    if config.model.path or not faults.about("engine.name"):
+        with faults.kept():
+            plan = plan_nodes(config, engine.sized)
+    with faults.kept():
+        engine.check(config)
+    with faults.kept():
+        check_output(config)
+    if plan and not faults.about("slurm.nodes"):
+        with faults.kept():
+            check_replicas(config, plan.nodes)
+    plan = plan or Plan(1 if config.slurm.nodes == "auto" else config.slurm.nodes, None, 0)
     return dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, nodes=plan.nodes)), plan
 
 
@@ -6737,7 +7019,7 @@ def check_output(config):
         try:
             if path:
                 os.makedirs(folder, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
+                try_writing(folder)
         except OSError as error:
             raise config.error(f"slurm.{name}", f"{folder}: {os_reason(error)}", "name a folder that you may write to")
 
@@ -6756,7 +7038,7 @@ def make_run(prepared):
 def describe(prepared):
     """The plan in a few lines: what will run where, and how much memory it takes."""
     config, plan = prepared.config, prepared.plan
-    lines = [f"{note}" for note in prepared.notes]
+    lines = [f"note      {note}" for note in prepared.notes]
     if plan.model:
         lines.append(f"model     {plan.model.name}: {plan.model.architecture}, {plan.model.layers} layers, "
                      f"{show_size(plan.model.size_bytes)}; {show_size(plan.kv_bytes)} more for "
@@ -6799,16 +7081,13 @@ def command_init(args):
 
 
 def command_check(args):
-    prepared = prepare(args.config, args.set)
-    config, answers = prepared.config, {}
+    slurm, answers = Slurm(os.environ) if shutil.which("sbatch") else None, {}
+    with Faults() as faults:
+        prepared = look_over(args.config, args.set, faults)
+        config = prepared.config
+        if slurm:
+            answers["slurm"] = ask_slurm(slurm, config, faults)
     answers["script"] = script_for(config, Run("RUN"))
-    if shutil.which("sbatch"):
-        slurm = Slurm(os.environ)
-        check_partition(config, slurm.partitions(), config.slurm.nodes)
-        with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
-            script.write(answers["script"].replace("RUN/logs/slurm-%j.out", "/dev/null"))
-            script.flush()
-            answers["slurm"] = re.sub(r"^sbatch: ", "", slurm.submit(config, script.name, "--test-only"))
     answers["engine"] = preview(ENGINES[config.engine.name](config, Run("RUN"), "LIFE", config.slurm.nodes))
     if args.json:
         say_json({"plan": dataclasses.asdict(config), "notes": prepared.notes, **answers})
@@ -6821,6 +7100,23 @@ def command_check(args):
     say()
     say(textwrap.indent(answers["script"], "    "))
     return DONE
+
+
+def ask_slurm(slurm, config, faults):
+    """What Slurm says to such a job. It refuses one thing at a time, so it is asked again without what is known to be
+    wrong, for as long as it finds more."""
+    while True:
+        known = len(faults.errors)
+        config = dataclasses.replace(config, slurm=dataclasses.replace(config.slurm, **{
+            field.name: default_of(field) for field in dataclasses.fields(SlurmConfig)
+            if faults.about(f"slurm.{field.name}")}))
+        with faults.kept(), tempfile.NamedTemporaryFile("w", suffix=".sh") as script:
+            check_partition(config, slurm.partitions(), config.slurm.nodes)
+            script.write(script_for(config, Run("RUN")).replace("RUN/logs/slurm-%j.out", "/dev/null"))
+            script.flush()
+            return re.sub(r"^sbatch: ", "", slurm.submit(config, script.name, "--test-only"))
+        if len(faults.errors) == known or not faults.errors[-1].keys:
+            return ""
 
 
 def command_submit(args):
@@ -6876,7 +7172,8 @@ def join(args, run, failed_again=False, alone=True):
     options = ["--array=0"] * (alone and config.slurm.jobs > 1)
     if args.set or failed_again or named:
         data = joining_config(run, named) if named else json.loads(run.config_file(shape).read_text())
-        config, _ = check_shape(other_shape(data, args.set, failed_again, not named))
+        with Faults() as faults:
+            config, _ = check_shape(other_shape(data, args.set, failed_again, not named), faults)
         shape, options = run.shapes()[-1] + 1, []
         freeze_shape(run, shape, config, script_for(config, run, shape, failed_again))
     with contextlib.suppress(FileNotFoundError):
@@ -6904,6 +7201,7 @@ def joining_config(run, path):
         if theirs[name] not in (mine[name], default[name]):
             raise UserError(path, f"[{name}] differs from that of {run.name}, whose prompts and results are fixed",
                             f"a job that joins may differ in {', '.join(SHAPE_TABLES)}; leave the others out")
+    theirs["engine"]["pooling"] = mine["engine"]["pooling"]  # as the prompts ask for it
     return {**mine, **{name: theirs[name] for name in SHAPE_TABLES}, "source": theirs["source"]}
 
 
@@ -6916,6 +7214,7 @@ def other_shape(data, overrides, failed_again, one_job):
             raise UserError(f"--set {override}", "cannot be changed for a run that was submitted",
                             f"submit a new run, or set keys of {', '.join(SHAPE_TABLES)}")
         apply_override(data, override)
+    data["overrides"] = [*data.get("overrides", []), *overrides]
     source = data.pop("source")
     return dataclasses.replace(build_config(Config, data, source, os.getcwd()), source=source)
 
@@ -7270,10 +7569,12 @@ def command_results(args):
     config = run.config()
     prompts = Input.load(run, config, model_name(config))
     marks = Marks(run, prompts)
+    if args.to:
+        config = results_elsewhere(config, prompts, args.to)
     try:
         written = f"the files are in {write_results(run, config, marks)}"
     except OSError as error:  # the answers are in the journals, whatever the disk says
-        written = f"the files could not be written: {os_reason(error)}"
+        written = f"the files could not be written: {os_reason(error)}; `results --to FOLDER` writes them elsewhere"
         log(written)
     states = (Marks.FAILED,) if args.failed else (Marks.DONE, Marks.FAILED)
     if not args.follow and not marks.count(Marks.DONE) + marks.count(Marks.FAILED):
@@ -7286,6 +7587,14 @@ def command_results(args):
     elif on_terminal():
         say(f"{marks.count(Marks.DONE)} answers, {marks.count(Marks.FAILED)} failed; {written}")
     return DONE
+
+
+def results_elsewhere(config, prompts, folder):
+    """A run's config with another folder for its answers, which may be none that this would spoil."""
+    results = dataclasses.replace(config.results, folder=os.path.abspath(os.path.expanduser(folder)))
+    config = dataclasses.replace(config, results=results, source=f"--to {folder}", overrides=[])
+    check_result_names(config, prompts)
+    return config
 
 
 def follow_results(run, show, failed, places):
@@ -7396,7 +7705,7 @@ def command_demo(args):
     if code == DONE:
         say()
         command_results(argparse.Namespace(run="", runs=str(folder / "runs"), failed=False, format="table", json=False,
-                                           columns="", header=False, follow=False))
+                                           columns="", header=False, follow=False, to=""))
         say()
         say("Next: `python llmrun.py init` writes a config for a real model.")
     return code
@@ -7451,8 +7760,9 @@ def command_help_table():
                            "prompt,answer; a csv shows all there are, the columns of your own rows too"}),
             ("--header", {"action": "store_true", "help": "a table has its header in a pipe, too"}),
             ("-f", {"flags": ["--follow"], "action": "store_true", "help": "keep showing what is added"}),
-            ("--failed", {"action": "store_true", "help": "only prompts that failed"})]),
-        ("help", command_help, "more on a topic: config, files, codes, engines, lives",
+            ("--failed", {"action": "store_true", "help": "only prompts that failed"}),
+            ("--to", {"default": "", "metavar": "FOLDER", "help": "write the files there instead"})]),
+        ("help", command_help, "more on a topic: config, results, files, codes, engines, lives",
          [("topic", {"nargs": "?", "default": "", "help": "the topic"})]),
         ("drive", command_drive, "", [("run", {"nargs": "?", "default": ""}), ("--config", {"default": ""}),
                                       ("--shape", {"type": int, "default": 0}), ("--failed", {"action": "store_true"}),
@@ -7514,7 +7824,8 @@ def main(argv=None):
             return DONE
         return args.function(args)
     except UserError as error:
-        complain(str(error))
+        for one in getattr(error, "errors", [error]):
+            complain(str(one))
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -7565,7 +7876,23 @@ From a model file to answers, on the login node of a Slurm cluster:
   python llmrun.py results              the answers
 
 `python llmrun.py demo` shows all of it on this machine, without Slurm or a model.
-More: `help config`, `help files`, `help codes`, `help engines`, `help lives`; `COMMAND --help`.""",
+More: `help config`, `help results`, `help files`, `help codes`, `help engines`, `help lives`; `COMMAND --help`.""",
+    "results": """\
+`results` writes the answers so far as files, and shows them. While a run goes on, too, as often as you like.
+
+  results                    a table of the newest run; `results RUN` of another
+  results --failed           only the prompts that failed, and why
+  results --format text      the answers in full; `csv` and `jsonl` are for a spreadsheet or a program
+  results -f                 and those to come, until the run ends
+  results --to FOLDER        writes the files there instead, as where their own folder cannot be written
+
+The files lie in results/ in the run's folder, or in the folder that [results] folder names:
+
+  results.jsonl              every answer in the order of the prompts, in OpenAI's Batch format
+  errors.jsonl               the prompts that failed; not there if none did
+  part/name.txt              the answer to the text file part/name.txt: [results] file_name changes its name
+  name.csv                   your CSV with the columns of the answers added: [results] columns says which
+""",
     "files": """\
 A run is a folder, runs/NAME-DATE-TIME, and all that is known about it is in there:
 
@@ -7619,6 +7946,9 @@ Exit codes, of every command and of the Slurm job:
   that is too large for one GPU runs on several small ones. The build needs -DGGML_RPC=ON.
   The RPC workers of llama.cpp know no password: they listen on one address of their node, and
   everybody who can reach that address could use them while the job runs.
+  Prompts that ask for embeddings (a Batch file with url /v1/embeddings) start llama-server for them: --embeddings,
+  --pooling mean where the model names none (set your own by args = ["--pooling", "last"] under [engine]), and
+  batches that hold a whole text. Put embeddings and chat into two runs.
 
 [engine] name = "echo"
   No model: it repeats the prompt. To try out a config, or llmrun itself."""}

@@ -27,6 +27,8 @@ def lines(*some):
 
 
 BASICS = [
+    fault("writing is tried without a byte", "            file.write(bytes(4096))\n            file.flush()\n            os.fsync(file.fileno())\n", "            pass\n",
+          "test_basics.py::test_a_full_quota_shows_when_writing_is_tried_and_nothing_is_left_of_it"),
     fault("others' words are obeyed by the terminal", r'"[\x00-\x08\x0b-\x1f\x7f-\x9f]"', r'"[\x00]"',
           "test_others.py::test_what_others_said_is_shown_on_a_terminal_and_not_obeyed"),
     fault("answers are closed to those who may share them", "def write_file(path, text, mode=None):", "def write_file(path, text, mode=0o600):",
@@ -64,8 +66,8 @@ BASICS = [
     fault("a log's first lines are shown for its last", "[-TAIL_LINES:]", "[:TAIL_LINES]",
           "test_basics.py::test_of_a_long_log_the_end_is_shown"),
     fault("an error may have several lines",
-          "self.where, self.what, self.mend = one_line(where), one_line(what), one_line(mend)",
-          "self.where, self.what, self.mend = str(where), str(what), str(mend)",
+          "self.where, self.what, self.mend, self.keys = one_line(where), one_line(what), one_line(mend), keys",
+          "self.where, self.what, self.mend, self.keys = str(where), str(what), str(mend), keys",
           "test_basics.py::test_an_error_is_one_line_whatever_is_told_in_it"),
     fault("the one wait has no end", "        if clock() >= end:", "        if clock() >= end + 1e9:",
           "test_basics.py::test_a_wait_has_an_end_and_names_what_it_waited_for"),
@@ -82,6 +84,16 @@ BASICS = [
 CONFIG = [
     fault("a list is called none where one of its items is wrong", '            raise WrongPart(f"{json.dumps(item, default=str)} is', '            raise ValueError(f"{json.dumps(item, default=str)} is',
           "test_bad_input.py::test_what_is_wrong_with_a_value_is_said_of_that_which_is_wrong"),
+    fault("init's config lacks the line that the README says to edit", 'lists them.", example="")', 'lists them.")',
+          "test_config.py::test_the_readme_shows_the_config_that_init_writes_and_names_lines_that_it_has"),
+    fault("the first of several faults is the only one that is told", "                if not self.about(*error.keys):\n",
+          "                if not self.errors:\n", "test_bad_input.py::test_all_that_is_wrong_is_said_at_once"),
+    fault("what follows from another fault is told, too", "                if not self.about(*error.keys):\n",
+          "                if True:\n", "test_bad_input.py::test_what_only_follows_from_another_error_is_not_said"),
+    fault("a wrong --set is blamed on the file", "        if self.override(dotted):\n", "        if False:\n",
+          "test_bad_input.py::test_a_wrong_override_is_told_as_what_was_typed"),
+    fault("a refusal is blamed on a key that nobody set", 'if " " not in keys or config.value_of(key)]', "if True]",
+          "test_slurm.py::test_a_refusal_that_names_no_key_is_told_at_those_that_are_set"),
     fault("paths start from where the user stands", "os.path.normpath(os.path.join(base, value))", "os.path.abspath(value)",
           "test_config.py::test_paths_start_from_the_config_file_and_expand"),
     fault("what means the node's is expanded at submit",
@@ -92,7 +104,7 @@ CONFIG = [
           "test_config.py::test_variables_that_mean_the_nodes_are_left_alone"),
     fault("a variable that is not set stays as it is written", "    if unknown:", "    if unknown and not base:",
           "test_config.py::test_what_would_become_something_else_in_a_script_is_refused"),
-    fault("an unknown key is passed over", "        if name not in fields:", "        if name not in fields and not table:",
+    fault("an unknown key is passed over", "for name in data if name not in fields]", "for name in data if name not in fields and not table]",
           "test_bad_input.py::test_a_broken_toml_file_names_its_line"),
     fault("--set loses to the file", "    data[name] = parse_value(text.strip())",
           "    data.setdefault(name, parse_value(text.strip()))", "test_config.py::test_overrides_win_and_need_no_quotes"),
@@ -103,7 +115,7 @@ CONFIG = [
           "test_bad_input.py::test_a_value_of_the_wrong_kind_names_its_key"),
     fault("an error names the line before", "for number, line in enumerate(lines, 1):", "for number, line in enumerate(lines):",
           "test_bad_input.py::test_a_broken_toml_file_names_its_line"),
-    fault("an error names the line of another table's key", "if current == table and re.match(", "if re.match(",
+    fault("an error names the line of another table's key", "current == table and re.match(", "re.match(",
           "test_config.py::test_an_error_names_the_line_in_its_own_table"),
     fault("a text may bring lines of its own into job.sh", r'    if "\n" in value or "\r" in value:', "    if False:",
           "test_config.py::test_what_would_become_something_else_in_a_script_is_refused"),
@@ -126,7 +138,7 @@ OLD_FILES = [
           "test_config.py::test_an_old_config_dates_its_results_as_its_scripts_did"),
     fault("more tasks than nodes are passed over", "    if nodes != tasks:", "    if not tasks:",
           "test_bad_input.py::test_old_flat_configs_with_mistakes"),
-    fault("an unknown key of an old file is passed over", "        if name not in known:", "        if not name:",
+    fault("an unknown key of an old file is passed over", "for name in flat if name not in known]", "for name in flat if not name]",
           "test_bad_input.py::test_old_flat_configs_with_mistakes"),
     fault("answers lose the name they had", '"result_{name}.txt"', '"{name}.txt"',
           "test_config.py::test_an_old_config_dates_its_results_as_its_scripts_did"),
@@ -494,6 +506,10 @@ NODES = [
 ]
 
 ENGINES = [
+    fault("an engine for embeddings reads short texts only", 'return ["--embeddings", *named, "-b", size, "-ub", size]', 'return ["--embeddings", *named]',
+          "test_engines.py::test_an_input_that_asks_for_embeddings_gets_an_engine_that_makes_them"),
+    fault("a model's own pooling is overruled", 'if pooling == OWN_POOLING or "--pooling" not in flags', 'if "--pooling" not in flags',
+          "test_engines.py::test_a_model_that_names_its_pooling_keeps_it"),
     fault("who answers is not asked whose it is", "        for way in ways:\n            if not await", "        for way in ():\n            if not await",
           "test_failures.py::test_a_process_that_took_the_engines_port_is_given_no_key_and_no_prompt",
           "test_programs.py::test_each_of_its_ports_is_proven_to_be_its_own"),
@@ -572,6 +588,17 @@ ENGINES = [
 ]
 
 INPUT = [
+    fault("a long prompt is not counted", "if size > self.context * self.TOKEN_BYTES:", "if size > self.context * 999:",
+          "test_prompts.py::test_prompts_and_answers_too_long_for_the_context_are_counted_and_the_longest_told"),
+    fault("a list of inputs is measured as one", "size = max(map(text_bytes, text), default=0) if several else", "size = text_bytes(text) if several else",
+          "test_prompts.py::test_the_texts_of_a_prompt_are_measured_in_whatever_shape_they_come"),
+    fault("a results folder is not tried at submit", "            try_writing(folder)\n        except OSError as error:\n            raise config.error(\"results.folder\"",
+          "            pass\n        except OSError as error:\n            raise config.error(\"results.folder\"",
+          "test_bad_input.py::test_folders_that_cannot_be_written"),
+    fault("a misspelt parameter is not noted", "for meant in difflib.get_close_matches(name, PARAMETERS, 1, 0.8)]", "for meant in ()]",
+          "test_prompts.py::test_a_key_to_no_effect_and_a_misspelt_parameter_are_noted"),
+    fault("a template is noted that has an effect", '("prompts.template", FROM_TEMPLATE in met,', '("prompts.template", False,',
+          "test_prompts.py::test_what_has_an_effect_is_not_noted"),
     fault("a join asks for the model of the first submit", '    return json.dumps({**added, "model": self.defaults["model"]})', "    return json.dumps(added)",
           "test_prompts.py::test_a_job_that_joins_with_another_model_names_that_one"),
     fault("two tables of one name overwrite each other", "    if len(same) == 1:\n        return os.path.basename", "    if same:\n        return os.path.basename",
@@ -780,6 +807,8 @@ CLAIMS = [
 ]
 
 PUMP = [
+    fault("501 is asked again", "status >= 500 and status != 501", "status >= 500",
+          "test_work.py::test_what_cannot_pass_is_a_result_with_its_error_and_the_run_goes_on"),
     fault("an error under a 200 is an answer", '    if answer.get("error"):\n        return False', '    if not answer:\n        return False',
           "test_work.py::test_a_200_that_tells_of_an_error_is_no_answer"),
     fault("what has no shape is an empty answer", "    if status == 200 and not is_answer(answer):", '    if status == 200 and answer.get("error"):',
@@ -955,7 +984,7 @@ DRIVER = [
           lines("        if True:", "            self.stopped = stop"),
           "test_endings.py::test_signals_that_follow_the_first_change_nothing"),
     left_out("waiting jobs are not cancelled at the end",
-             lines("                if first and work.finished:", "                    self.cancel_waiting()\n"),
+             lines("        if first and work.finished:", "            self.cancel_waiting()\n"),
              "test_lives.py::test_waiting_tasks_are_cancelled_when_the_work_is_done"),
     fault("agents see the job's variables", 'environment = without_slurm(os.environ, keep=("SLURM_CONF", "SLURM_JOB_ID"))',
           "environment = dict(os.environ)",
@@ -1034,6 +1063,8 @@ DRIVER = [
 ]
 
 COMMANDS = [
+    left_out("results --to overwrites prompts", "    check_result_names(config, prompts)\n    return config\n",
+             "test_commands.py::test_answers_whose_folder_cannot_be_written_are_kept_and_written_elsewhere"),
     fault("an old config's log goes on from the last submit", "            link.unlink()\n", "            link.exists()\n",
           "test_scenarios.py::test_an_old_configs_log_begins_anew_at_each_submit_and_each_run_keeps_its_own"),
     fault("cancel ends at the first refusal", "            refused[job] = error\n", "            raise\n",
@@ -1065,7 +1096,7 @@ COMMANDS = [
           "test_week.py::test_a_job_that_joins_has_the_shape_of_its_own_config_or_the_first"),
     fault("a login node stands for a cluster unasked", "    if nodes > 1 and not args.here and", "    if False and",
           "test_week.py::test_a_run_of_several_nodes_is_not_taken_for_one_of_this_machine"),
-    fault("results are old between lives", "                    work.show()", "                    pass",
+    fault("results are old between lives", "                work.show()", "                pass",
           "test_week.py::test_results_are_as_new_as_the_last_lifes_end"),
     fault("what is asked changes under a run", 'SHAPE_TABLES = ("slurm", "engine",', 'SHAPE_TABLES = ("slurm", "prompts", "engine",',
           "test_lives.py::test_another_job_of_another_shape_joins"),

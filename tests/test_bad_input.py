@@ -22,13 +22,20 @@ def python_of(version):
     return path if works else None
 
 
-def refused(site, *args, code=2, command="submit", made=False):
-    """The one line that a command ends with; nothing of a run may be left behind."""
+def all_refused(site, *args, code=2, command="submit", made=False):
+    """The lines that a command ends with; nothing of a run may be left behind."""
     said = site.llmrun(command, *args, code=code)
     lines = [line for line in said.splitlines() if line.startswith("llmrun: ")]
-    assert len(lines) == 1 and said.splitlines()[-1] == lines[0], said
+    assert lines and said.splitlines()[-len(lines):] == lines, said
     assert made or not site.runs(), "no half-made run is left"
-    assert "; " in lines[0], f"no mend in: {lines[0]}"
+    assert all("; " in line for line in lines), f"no mend in: {lines}"
+    return lines
+
+
+def refused(site, *args, **how):
+    """The one line that a command ends with."""
+    lines = all_refused(site, *args, **how)
+    assert len(lines) == 1, lines
     return lines[0]
 
 
@@ -49,7 +56,7 @@ WRONG_VALUES = [
 def test_a_value_of_the_wrong_kind_names_its_key(site, key, value, words):
     table, _, name = key.rpartition(".")
     what, _, mend = refused(site, "config.json", "--set", f"{key}={value}").partition("; ")
-    assert f"config.json: {table and f'[{table}] '}{name} = {json.dumps(json.loads(value))}: not " in what
+    assert f"--set {key}={value}: {table and f'[{table}] '}{name} = {json.dumps(json.loads(value))}: not " in what
     assert words in mend, mend
 
 
@@ -63,20 +70,70 @@ def test_what_is_wrong_with_a_value_is_said_of_that_which_is_wrong(here, key, va
 
 
 @pytest.mark.parametrize("text, words", [
-    ("nodes = 3", "unknown key nodes"), ("[slurm]\nnode = 3", 'did you mean "nodes"'), ("[slrum]\nnodes = 3", 'did you mean "slurm"'),
+    ("nodes = 3", "unknown key nodes; did you mean [slurm] nodes?"), ("[slurm]\nnode = 3", 'did you mean "nodes"'),
+    ("[slrum]\nnodes = 3", 'config.toml:1: unknown key slrum; did you mean "slurm"'),
     ("name = ", "config.toml: not TOML: Invalid value"), ("[slurm\nnodes=3", "config.toml:1: not TOML"),
     ("[slurm]\ntime = 5 hours", "config.toml:2: not TOML"),
     ('[slurm]\n\ntime = "5 hours"', 'config.toml:3: [slurm] time = "5 hours": not a time Slurm takes; write "05:00:00"')])
 def test_a_broken_toml_file_names_its_line(site, text, words):
     (site.folder / "config.toml").write_text(text)
-    assert words in refused(site, "config.toml")
+    assert words in all_refused(site, "config.toml")[0]
 
 
 @pytest.mark.parametrize("text, words", [("{", "config.json:1"), ('{"name": "x"\n y}', "config.json:2"), ("[1]", "not a table"),
                                          ("", "config.json:1"), ('{"nme": "x"}', 'did you mean "name"')])
 def test_a_broken_json_file_names_its_line(site, text, words):
     (site.folder / "config.json").write_text(text)
-    assert words in refused(site, "config.json")
+    assert words in all_refused(site, "config.json")[0]
+
+
+EIGHT = """\
+name = "my run"
+[slurm]
+nodes = "three"
+time = "5 hours"
+partition = "mian"
+mem = "1T"
+[engine]
+path = "nowhere"
+slot = 4
+[model]
+path = "none.gguf"
+[prompts]
+user = "pormpts"
+system = "none.txt"
+"""
+
+
+def test_all_that_is_wrong_is_said_at_once(site):
+    (site.folder / "config.toml").write_text(EIGHT)
+    for command, slurms in (("check", [5, 6]), ("submit", [])):
+        lines = all_refused(site, "config.toml", command=command)
+        found = sorted(int(line.split("config.toml:")[1].split(":")[0]) for line in lines if "config.toml:" in line)
+        assert found == [1, 3, 4, *slurms, 8, 9, 11, 13] and len(lines) == len(found) + 1, lines
+        assert any("none.txt: cannot read the system prompt" in line for line in lines)
+
+
+@pytest.mark.parametrize("text, words", [
+    ('[model]\npth = "x"\n[engine]\nname = "llama.cpp"', 'did you mean "path"'),
+    ('[engine]\nname = "ehco"', 'did you mean "echo"'),
+    ('[engine]\nname = "echo"\nreplicas = 2\n[slurm]\nnodes = "two"', "a whole number"),
+    ('[engine]\nname = "echo"\n[prompts]\nusr = "pormpts"', 'did you mean "user"')])
+def test_what_only_follows_from_another_error_is_not_said(site, text, words):
+    (site.folder / "prompts" / "user").mkdir()
+    (site.folder / "prompts" / "user" / "a.txt").write_text("Why?\n")
+    (site.folder / "config.toml").write_text(text)
+    assert words in refused(site, "config.toml", command="check")
+
+
+def test_a_wrong_override_is_told_as_what_was_typed(site):
+    assert "llmrun: --set slurm.time=5 hours: [slurm] time" in refused(site, "config.json", "--set", "slurm.time=5 hours")
+    assert "llmrun: --set model.path=none: [model] path" in refused(site, "config.json", "--set", "model.path=none")
+    words = '--set nodes=3: unknown key nodes; did you mean "slurm.nodes"?'
+    assert words in refused(site, "config.json", "--set", "nodes=3")
+    assert 'did you mean "slurm.nodes"?' in refused(site, "config.json", "--set", "node=3")
+    lines = all_refused(site, "config.json", "--set", "path=x", "--set", "engine.slot=2")
+    assert '"model.path" or "engine.path"' in lines[0] and '"engine.slots"' in lines[1], lines
 
 
 def test_a_config_that_is_no_config(site):
@@ -188,7 +245,8 @@ def test_a_build_without_rpc_is_named_on_several_nodes(site, age):
 def test_what_the_cluster_cannot_give(site, key, value, named, words):
     """Its line names the key with its value, and then the mend."""
     what, _, mend = refused(site, "config.json", "--set", f"{key}={value}").partition("; ")
-    assert f"config.json: {named}" in what and words in mend, site.output
+    assert (f"--set {key}={value}: {named}" if f"[{key.split('.')[0]}]" in named else f"config.json: {named}") in what, site.output
+    assert words in mend
 
 
 def test_folders_that_cannot_be_written(site):
@@ -196,13 +254,14 @@ def test_folders_that_cannot_be_written(site):
     path = site.folder / "file"
     for key, value, what, mend in [
             ("run_dir", "file", f'run_dir = "{path}": cannot make the run\'s folder: file exists', "name a folder that you may write to"),
-            ("results.folder", "file", f'[results] folder = "{path}": {path} is a file', "name a folder"),
-            ("results.folder", "file/deeper", f'[results] folder = "{path}/deeper": {path} is a file', "name a folder"),
+            ("results.folder", "file", f'[results] folder = "{path}": cannot be written to: not a dir', "name a folder"),
+            ("results.folder", "file/deeper", f'[results] folder = "{path}/deeper": cannot be written to: not a dir', "name a folder"),
+                ("results.folder", "/proc/answers", '[results] folder = "/proc/answers": cannot be written to', "name a folder"),
             ("slurm.output", "file/out.txt", f'[slurm] output = "{path}/out.txt": {path}: file exists', "name a folder"),
             ("results.file_name", "../{path}", '[results] file_name = "../{path}": ../part0/000.txt is outside', 'take out "/" and ".."'),
             ("results.file_name", "all.txt", '[results] file_name = "all.txt": two answers would land in one file', '"{path}" or "{name}"')]:
         line = refused(site, "config.json", "--set", f"{key}={value}")
-        assert f"config.json: {what}" in line and mend in line.partition("; ")[2], line
+        assert f"--set {key}={value}: {what}" in line and mend in line.partition("; ")[2], line
 
 
 def test_a_full_disk_leaves_no_half_made_run(site):

@@ -126,3 +126,11 @@ def test_a_failure_ends_the_others_and_is_told_at_once():
     with pytest.raises(llmrun.ClusterError, match="it broke"):
         soon(llmrun.first_failure(slow(), fail()))
     assert ended == ["slow"]
+
+
+def test_a_full_quota_shows_when_writing_is_tried_and_nothing_is_left_of_it(tmp_path, monkeypatch):
+    llmrun.try_writing(tmp_path / "not" / "yet")
+    with monkeypatch.context() as patched, pytest.raises(OSError):
+        patched.setattr(llmrun.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(llmrun.errno.EDQUOT, "Disk quota exceeded")))
+        llmrun.try_writing(tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []

@@ -219,3 +219,25 @@ def test_a_job_of_a_cancelled_run_that_starts_after_all_ends_at_once(here):
     here.llmrun("drive", run.folder, code=4)
     assert not {"agents_up", "engine_started"} & {event["event"] for event in here.events()}, "nothing was started"
     assert "cancel" in here.ends()[0]["why"] and not here.journal()
+
+
+def test_every_topic_of_help_is_named_where_help_begins(here):
+    said = here.llmrun("help")
+    for topic in ["config", *llmrun.HELP]:
+        assert topic == "start" or f"`help {topic}`" in said
+        assert len(here.llmrun("help", topic).splitlines()) > 5
+    assert "results.jsonl" in here.llmrun("help", "results")
+
+
+def test_answers_whose_folder_cannot_be_written_are_kept_and_written_elsewhere(here):
+    here.config(results={"folder": "out"}, engine={"args": ["0.3"]})
+    running = here.start("run", "config.json")
+    wait_for("an answer", lambda: here.runs() and list(here.run.glob("journal/*")))
+    (here.folder / "out").write_text("in the way")
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 3 and "all answers are kept, but their files cannot be written to" in output, output
+    mend = f"`python llmrun.py results {here.run.name} --to FOLDER`"
+    assert mend in output and mend in here.llmrun("status", here.run.name)
+    here.llmrun("results", here.run.name, "--to", "elsewhere")
+    assert len(list((here.folder / "elsewhere").rglob("*.txt"))) == 6
+    assert "would overwrite the prompts" in here.llmrun("results", here.run.name, "--to", "prompts", code=2)

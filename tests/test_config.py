@@ -32,6 +32,16 @@ def test_the_short_config_that_init_writes_is_a_config(tmp_path):
     assert read(tmp_path, llmrun.example_toml(everything=False)).engine.slots == 4
 
 
+def test_the_readme_shows_the_config_that_init_writes_and_names_lines_that_it_has():
+    readme = (examples.ROOT / "README.md").read_text()
+    written = [line for line in llmrun.example_toml(everything=False).splitlines() if not line.startswith("# ") or " = " in line[:15]]
+    shown = readme.split("```toml\n")[1].split("```")[0].splitlines()
+    assert list(filter(None, shown)) == list(filter(None, written)) and '# partition = ""' in shown
+    step = readme.split("Edit three lines")[1].split("3. ")[0]
+    for name in ("path", "partition"):
+        assert f"`{name}`" in step and any(f"{name} = " in line for line in written)
+
+
 def test_paths_start_from_the_config_file_and_expand(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("WORK", "/work")
@@ -142,7 +152,8 @@ def test_a_number_of_hundreds_of_digits_is_taken_or_refused_in_one_line(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({"engine": {"name": "echo"}, "slurm": {"time": "UNLIMITED"}}))
     try:
         config, _ = llmrun.read_config(tmp_path / "config.json", [f"{key}={'9' * digits}{unit}"])
-        llmrun.check_shape(config)
+        with llmrun.Faults() as faults:
+            llmrun.check_shape(config, faults)
         llmrun.job_script(config, 1, "/x", ["drive"])
     except llmrun.UserError as error:
         assert key.split(".")[1] in str(error) and error.mend and len(str(error)) < 600 + len(str(tmp_path))

@@ -5,6 +5,7 @@ import os
 import urllib.error
 import urllib.request
 
+import llmrun
 import pytest
 from conftest import wait_for
 from fakes.build import make_build, make_model
@@ -173,3 +174,41 @@ def test_a_split_model_is_loaded_by_its_first_part(site):
     site.config(model={"path": str(parts[0])})
     site.llmrun("submit", "config.json", "--wait")
     assert str(parts[0]) in command(site)
+
+
+def write_rows(site, *rows):
+    (site.folder / "in.jsonl").write_text("".join(json.dumps({"custom_id": f"row-{number}", "method": "POST", "url": url, "body": body}) + "\n"
+                                                  for number, (url, body) in enumerate(rows)))
+    site.config(prompts={"user": "in.jsonl"}, engine={"context": 2048})
+
+
+EMBED, CHAT = "/v1/embeddings", "/v1/chat/completions"
+
+
+def test_an_input_that_asks_for_embeddings_gets_an_engine_that_makes_them(site):
+    write_rows(site, (EMBED, {"input": "Why?"}), (EMBED, {"input": ["One", "Two"]}), (EMBED, {"input": "word " * 900}))
+    assert "--embeddings --pooling mean -b 2048 -ub 2048" in site.llmrun("check", "config.json")
+    site.llmrun("submit", "config.json", "--wait")
+    lines = [json.loads(line) for line in (site.run / "results" / "results.jsonl").read_text().splitlines()]
+    assert [len(line["response"]["body"]["data"]) for line in lines] == [1, 2, 1]
+    assert all(vector["embedding"] for line in lines for vector in line["response"]["body"]["data"])
+
+
+def test_a_model_that_names_its_pooling_keeps_it(site):
+    keys = {"general.architecture": "bert", "bert.block_count": 2, "bert.embedding_length": 64, "bert.context_length": 512,
+            "bert.attention.head_count": 4}
+    assert llmrun.model_from_keys({**keys, "bert.pooling_type": 2}, 1, ("m",)).pools
+    assert not llmrun.model_from_keys({**keys, "bert.pooling_type": 0}, 1, ("m",)).pools
+    engine = llmrun.EngineConfig(pooling=llmrun.OWN_POOLING, context=512)
+    made = llmrun.LlamaCpp(llmrun.Config(engine=engine), llmrun.Run(site.folder), "0.0.0", 1)
+    assert made.for_embeddings(["--embeddings", "--pooling"]) == ["--embeddings", "-b", "512", "-ub", "512"]
+    assert made.for_embeddings(["--metrics"]) == [], "a build without them is not told of them"
+
+
+def test_chat_and_embeddings_in_one_input_are_told_at_check(site):
+    message = {"messages": [{"role": "user", "content": "Why?"}]}
+    write_rows(site, (EMBED, {"input": "Why?"}), (CHAT, message))
+    assert "asks for embeddings and for other answers" in site.llmrun("check", "config.json")
+    write_rows(site, (CHAT, message))
+    said = site.llmrun("check", "config.json")
+    assert "--embeddings" not in said and "asks for embeddings" not in said

@@ -432,7 +432,10 @@ def test_other_endpoints(start):
     assert body["content"].endswith("once upon") and body["stop_type"] == "eos"
     assert exchange(ask, "POST", "/v1/embeddings", {"input": "a"}, {})[0] == 501
     assert exchange(ask, "POST", "/v1/chat/completions", {"max_tokens": 1}, {})[0] == 400
-    vectors = exchange(start("--embeddings").connect(), "POST", "/v1/embeddings", {"input": ["a", "b"]}, {})[1]
+    assert exchange(start("--embeddings").connect(), "POST", "/v1/embeddings", {"input": "a"}, {})[0] == 400
+    pooled = start("--embeddings", "--pooling", "mean")
+    assert exchange(pooled.connect(), "POST", "/v1/embeddings", {"input": "word " * 3000}, {})[0] == 500
+    vectors = exchange(pooled.connect(), "POST", "/v1/embeddings", {"input": ["a", "b"]}, {})[1]
     assert [len(entry["embedding"]) for entry in vectors["data"]] == [64, 64]
 
 

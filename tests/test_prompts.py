@@ -941,3 +941,61 @@ def test_the_time_of_an_answer_is_its_engines_and_what_it_waited_stands_apart(ti
     body = {"choices": [{"message": {"content": "x"}}], **({"timings": timings} if timings else {})}
     found = llmrun.columns_of({"custom_id": "a", "response": {"body": body}, "llmrun": {"ok": True, "sample": 1, "time_s": 2.0}})
     assert (found["time_s"], found["waited_s"]) == (time_s, waited_s)
+
+
+@pytest.mark.parametrize("user, keys, words", [
+    ("texts", {"template": "Say {x}"}, "[prompts] template has no effect: each prompt is a text file"),
+    ("in.jsonl", {"template": "Say {x}", "id_column": "x"}, "[prompts] template has no effect: each prompt is a Batch request"),
+    ("in.jsonl", {"system": "system.txt"}, "[prompts] system has no effect: each prompt is a Batch request"),
+    ("rows.csv", {"template": "Say {x}", "params": {"temprature": 0.2}}, '[prompts.params] temprature is sent as it is; did you mean "temperature"?')])
+def test_a_key_to_no_effect_and_a_misspelt_parameter_are_noted(tmp_path, user, keys, words):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Why?")
+    (tmp_path / "system.txt").write_text("Be short.")
+    (tmp_path / "rows.csv").write_text("x\n1\n")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"custom_id": "a", "body": {"messages": [{"role": "user", "content": "Why?"}]}}))
+    keys = {**keys, "system": str(tmp_path / "system.txt")} if "system" in keys else keys
+    notes = llmrun.freeze(config_for(tmp_path, user, **keys), "m").notes
+    assert words in notes[0] and len(notes) == len(keys) - ("params" in keys), notes
+
+
+def test_what_has_an_effect_is_not_noted(tmp_path):
+    (tmp_path / "rows.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "system.txt").write_text("Be short.")
+    keys = {"template": "Say {x}", "id_column": "y", "system": str(tmp_path / "system.txt"), "params": {"temperature": 0.2, "top_k": 3, "my_own": 1}}
+    assert llmrun.freeze(config_for(tmp_path, "rows.csv", **keys), "m").notes == []
+
+
+def with_context(tmp_path, context, rows, **prompts):
+    """The config of a Batch file for llama.cpp, with so many tokens of context."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"custom_id": str(number), "body": {
+        "messages": [{"role": "user", "content": text}], **keys}}) + "\n" for number, (text, keys) in enumerate(rows)))
+    config = config_for(tmp_path, "in.jsonl", **prompts)
+    return llmrun.dataclasses.replace(config, engine=llmrun.EngineConfig(context=context))
+
+
+def test_prompts_and_answers_too_long_for_the_context_are_counted_and_the_longest_told(tmp_path):
+    config = with_context(tmp_path, 1024, [("short", {}), ("word " * 16016, {"max_tokens": 4096}), ("word " * 1000, {})])
+    notes = llmrun.freeze(config, "m").notes
+    assert len(notes) == 2 and all("[engine] context = 1024" in note for note in notes)
+    assert "2 of 3 prompts" in notes[0] and "about 20020 tokens" in notes[0]
+    assert "1 of 3 prompts" in notes[1] and "4096" in notes[1]
+    assert llmrun.freeze(with_context(tmp_path, 1024, [("a" * 4096, {})]), "m").notes == []
+    assert "1 of 1" in llmrun.freeze(with_context(tmp_path, 1024, [("a", {})], max_tokens=2000), "m").notes[0]
+
+
+def test_a_prompt_that_cannot_fit_is_a_bad_row(tmp_path):
+    rows = [("fits", {}), ("a" * (256 * 256 + 1), {})]
+    with pytest.raises(llmrun.UserError, match="in.jsonl:2: its 65537 bytes are more than 256 tokens can hold"):
+        llmrun.freeze(with_context(tmp_path, 256, rows, max_tokens=9), "m")
+    frozen = llmrun.freeze(with_context(tmp_path, 256, rows, max_tokens=9, on_bad_row="skip"), "m")
+    assert len(frozen) == 1 and len(frozen.skipped) == 1
+
+
+def test_the_texts_of_a_prompt_are_measured_in_whatever_shape_they_come(tmp_path):
+    parts = [{"type": "text", "text": "ab"}, {"type": "image_url", "image_url": {"url": "data:" + "A" * 9000}}]
+    assert llmrun.text_bytes([{"role": "user", "content": parts}, {"role": "user", "content": "\u00e9"}, 7, None]) == 4
+    lengths = llmrun.Lengths(llmrun.Config(engine=llmrun.EngineConfig(context=256)))
+    lengths.add(llmrun.EMBEDDINGS, {"input": ["a" * 1000] * 9 + ["b" * 1028]})
+    lengths.add(llmrun.COMPLETIONS, {"prompt": "a" * 1024})
+    assert (lengths.prompts, lengths.too_long, lengths.longest) == (2, 1, 257)

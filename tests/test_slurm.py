@@ -118,6 +118,15 @@ def test_a_refusal_is_told_at_its_key(message, key):
     assert f"[slurm] {key} = " in str(error) and error.mend and "sbatch" not in str(error)
 
 
+@pytest.mark.parametrize("asked, said", [
+    ({"mem": "900G"}, '[slurm] mem = "900G": Slurm refuses: Requested'),
+    ({"mem": "900G", "gpus_per_node": "8"}, "Slurm refuses [slurm] gpus_per_node and [slurm] mem: Requested"), ({}, "Slurm refuses the job")])
+def test_a_refusal_that_names_no_key_is_told_at_those_that_are_set(asked, said):
+    config = llmrun.Config(source="config.toml", slurm=llmrun.SlurmConfig(**asked))
+    error = llmrun.refusal(config, "sbatch: error: Batch job submission failed: Requested node configuration is not available")
+    assert said in str(error) and error.mend and "= \"\"" not in str(error)
+
+
 def test_no_slurm_here_is_one_line():
     with pytest.raises(llmrun.ClusterError, match="login node"):
         llmrun.Slurm({"PATH": "/nowhere"}).call("squeue-is-not-here")

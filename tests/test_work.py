@@ -156,7 +156,7 @@ def test_what_can_pass_is_asked_again(status, extra):
     assert all(result.ok for result in results) and sum(result.attempts for result in results) == 8
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 501])
 def test_what_cannot_pass_is_a_result_with_its_error_and_the_run_goes_on(status):
     engine = Engine(faults=lambda number: answer("no", status) if number == 1 else None)
     results, _ = pumped(5, engine)

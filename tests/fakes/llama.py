@@ -1424,8 +1424,14 @@ class Server:
         if inputs is None:
             raise Failure(400, "invalid_request_error", '"input" or "content" must be provided')
         inputs = inputs if isinstance(inputs, list) else [inputs]
-        data = []
+        if path == "/v1/embeddings" and self.flags.get("pooling", "none") == "none":
+            raise Failure(400, "invalid_request_error",
+                          "Pooling type 'none' is not OAI compatible. Please use a different pooling type")
+        data, batch = [], self.flags.get("ubatch-size", 512)
         for number, text in enumerate(inputs):
+            if tokens(str(text)) > batch:
+                raise Failure(500, "server_error", "input (%d tokens) is too large to process. increase the physical "
+                              "batch size (current batch size: %d)" % (tokens(str(text)), batch))
             digest = hashlib.sha256(str(text).encode()).digest()
             vector = [digest[i % 32] / 255 for i in range(self.model["embd"])]
             data.append({"embedding": vector, "index": number, "object": "embedding"})
