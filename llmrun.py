@@ -6968,7 +6968,7 @@ def prepare(config_path, overrides):
 
 def look_over(config_path, overrides, faults):
     """What a config means; nothing may be made of it if there are faults."""
-    config, notes = read_with_faults(config_path, overrides, faults)
+    config, notes = read_with_faults(config_path or "config.toml", overrides, faults)
     config, plan = check_shape(config, faults)
     prompts = None
     with faults.kept("prompts"):
@@ -7338,9 +7338,12 @@ def pause(child, time_s):
 
 
 def state_line(state):
-    parts = [state["state"]]
-    if state["done"] or state["failed"]:
-        parts.append(f"{state['done']}/{state['total']} prompts")
+    parts = [state["state"], *([progress_line(state)] if state["done"] or state["failed"] else [])]
+    return ", ".join(parts) + (f": {state['detail']}" if state["detail"] else "")
+
+
+def progress_line(state):
+    parts = [f"{state['done']}/{state['total']} prompts"]
     if state["failed"]:
         parts.append(f"{state['failed']} failed")
     if state["tokens_per_s"]:
@@ -7349,7 +7352,7 @@ def state_line(state):
         parts.append(f"about {show_duration(state['left_s'])} left")
         if state["ends_in_s"] is not None and state["ends_in_s"] < state["left_s"]:
             parts.append(f"the job's time ends in {show_duration(state['ends_in_s'])}")
-    return ", ".join(parts) + (f": {state['detail']}" if state["detail"] else "")
+    return ", ".join(parts)
 
 
 def verdict(run, state):
@@ -7434,7 +7437,7 @@ def command_status(args):
         say(f"{'nodes':9} {' '.join(states[0]['nodes']) or '-'}")
         for lost in states[0]["lost"]:
             say(f"{'lost':9} {lost}")
-        say(f"{'prompts':9} {states[0]['total']}: {state_line(dict(states[0], detail=''))}")
+        say(f"{'prompts':9} {progress_line(states[0])}")
         if states[0]["took_s"] is not None:
             say(f"{'took':9} {show_duration(states[0]['took_s'])}")
     elif not states:

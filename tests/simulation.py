@@ -656,7 +656,7 @@ class Driver:
 
     async def live(self):
         driver = types.SimpleNamespace(ends_at=float("inf"))
-        orders = types.SimpleNamespace(driver=driver, doubt_the_end=list, stop=lambda stop: self.drain(),
+        orders = types.SimpleNamespace(driver=driver, doubt_the_end=list, mind_the_folder=list, stop=lambda stop: self.drain(),
                                        drain=lambda stop: self.leave_it_to_others())
         self.claims.LOOK_S *= self.hurry
         self.work.TEND_S = self.claims.LOOK_S

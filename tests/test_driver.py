@@ -80,7 +80,7 @@ def test_a_driver_that_works_shows_the_others_that_it_lives():
     claims = types.SimpleNamespace(BEAT_S=0.05, finished=False, trouble="", STILL_S=60, left_to_others=lambda still_s: True, beat=lambda: beats.append(1), look=list, watch_beats=lambda: looks.append(1))
     prompts = llmrun.Prompts(None, None, claims, None, None)
     prompts.pump, prompts.TEND_S = types.SimpleNamespace(first_sent=1.0, trouble="", trays=[], wake_all=list), 0.01
-    orders = types.SimpleNamespace(driver=types.SimpleNamespace(ends_at=llmrun.math.inf))
+    orders = types.SimpleNamespace(driver=types.SimpleNamespace(ends_at=llmrun.math.inf), mind_the_folder=list)
 
     async def work():
         async with llmrun.tending(prompts, orders):

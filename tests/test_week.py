@@ -23,7 +23,7 @@ def test_after_a_second_cancel_the_counts_are_those_of_the_journals(site):
     again = site.ended(4)
     assert again["done"] == len(site.journal()) > first["done"] and again["detail"] == "cancelled by you"
     said = site.llmrun("status", site.run.name)
-    assert f"{again['done']}/40 prompts" in said and "all jobs  1 2" in said and "(of" not in said
+    assert f"{again['done']}/40 prompts" in said and re.search(r"all jobs  \d+ \d+\n", said) and "(of" not in said
 
 
 def test_to_ask_failed_prompts_again_is_waited_for(site):
