@@ -7924,15 +7924,20 @@ A run may need more than one job, and goes on by itself when Slurm takes one awa
   a lost node        named in `status`. With replicas left the job goes on; else another job does, on other nodes.
   an engine's death  it is started again, up to 3 times in 10 minutes. A prompt that was there each time is asked
                      alone once; if the engine dies of it, that prompt has failed, and the rest go on.
+  a sick engine      one that lives but answers nothing for a minute, not even a small question of llmrun's own, is
+                     started again, too. If that does not help, the run ends with the engine's words, and all that
+                     it did not answer stays open for `resume`. An engine that says nothing at all is given longer.
   a full disk        nothing more is asked until the answers can be written.
+  a changed prompt   fails alone: of a table, the rows from the first that is not what it was when you submitted.
+                     What cannot be read for a while is read later.
 
 Three starts in a row that answer nothing are the last. `cancel` ends a run for good, `cancel --drain` when the
 prompts under way are answered; [slurm] requeue = false lets no job come back. `resume` goes on with a run that
 stopped, `resume --failed` asks failed prompts again.
 
 With [slurm] jobs = 8 eight jobs share the prompts, each on its own nodes; a faster one does more, and what a dead
-one had taken on goes to the others. `submit --join RUN` adds a job to a run, with --set also one of another shape:
-`submit --join RUN --set slurm.partition=small --set slurm.nodes=2`.""",
+one had taken on goes to the others. `submit --join RUN` adds a job to a run, like its first; with --set, or with a
+config file of its own, it has another shape: `submit --join RUN --set slurm.partition=small --set slurm.nodes=2`.""",
     "codes": """\
 Exit codes, of every command and of the Slurm job:
 
