@@ -4287,24 +4287,31 @@ class Lengths:
     @staticmethod
     def limit_of(body):
         """The most tokens that an answer may have, by the key that wins at the engine."""
-        found = [body[name] for name in ("n_predict", "max_completion_tokens", "max_tokens") if name in body]
-        return found[0] if found and isinstance(found[0], int) else 0
+        for name in ("n_predict", "max_completion_tokens", "max_tokens"):
+            if name in body:
+                return body[name] if isinstance(body[name], int) else 0
+        return 0
 
-    def add(self, url, body):
+    def add(self, url, body, most_bytes=math.inf):
+        """One more prompt, of so many bytes at most."""
         if not self.bounded:
             return
+        if most_bytes > self.context * self.TOKEN_BYTES:
+            self.measure(url, body)
+        self.prompts += 1
+        limit = self.limit if LENGTH_KEYS.isdisjoint(body) else self.limit_of(body)
+        if limit > self.context and url != EMBEDDINGS:
+            self.too_much, self.most = self.too_much + 1, max(self.most, limit)
+
+    def measure(self, url, body):
         text = body.get("input" if url == EMBEDDINGS else "prompt" if url == COMPLETIONS else "messages")
         several = url != CHAT and isinstance(text, list)
         size = max(map(text_bytes, text), default=0) if several else text_bytes(text)
         if size > self.context * self.LONGEST_TOKEN_BYTES:
             raise BadRow(f"its {size} bytes are more than {self.context} tokens can hold; "
                          "shorten it, or raise [engine] context")
-        self.prompts += 1
         if size > self.context * self.TOKEN_BYTES:
             self.too_long, self.longest = self.too_long + 1, max(self.longest, size // self.TOKEN_BYTES)
-        limit = self.limit if LENGTH_KEYS.isdisjoint(body) else self.limit_of(body)
-        if limit > self.context and url != EMBEDDINGS:
-            self.too_much, self.most = self.too_much + 1, max(self.most, limit)
 
     def notes(self):
         found = []
@@ -4816,7 +4823,7 @@ def check_row(source, asking, number, data, fields):
     if not number or own or HALF_CHARACTER.search(data):
         check_encodes(custom_id, body)
     splice = asking.splice(url, body)
-    asking.lengths.add(url, body)
+    asking.lengths.add(url, body, len(data) if cut or own else math.inf)  # a row holds all of its own body
     asking.urls.add(url)
     return custom_id, splice if cut else ""
 
