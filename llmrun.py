@@ -5657,6 +5657,7 @@ class Desk:
         self.replica.client.ask("POST", prompt.url, prompt.body, limit, hand.then)
 
     def answered(self, hand, outcome):
+        hand.then = None  # it holds the prompt in hand, which would live until Python looks for such rings
         self.came.append((hand, outcome))
         self.turn.set()
 

@@ -74,7 +74,7 @@ class OneLife:
         for segment in self.run.segments():
             for line in open(segment.path):
                 record = json.loads(line)
-                asked, answer = body_of(record["llmrun"]["row"] - 1), record["response"]["body"]
+                asked, answer = body_of(int(record["id"].split("_")[-2])), record["response"]["body"]
                 mark = mark_of(json.loads(asked)) if "system_fingerprint" in answer else ""
                 assert answer["usage"]["prompt_tokens"] == len(asked) or mark and answer["choices"][0]["message"]["content"].startswith(
                     mark), record
