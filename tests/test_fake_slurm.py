@@ -1190,7 +1190,7 @@ def test_both_requeue_tells_the_whole_job_and_waits_for_it(both):
     desk.run("scontrol", "requeue", job)
     assert desk.until_state(job, "COMPLETING") == "COMPLETING"
     for name in ("batch", "child", "task0", "task1"):
-        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+        desk.until(lambda: sorted(desk.signals(name)) == ["CONT", "TERM"], name)
     desk.until_state(job, "PENDING")
     assert not desk.living(os.path.basename(sys.executable), "reporter.py"), "after KillWait they were killed"
     assert "STEP %s.0 ON node1 CANCELLED AT" % job in desk.output(job) and "DUE TO JOB REQUEUE ***" in desk.output(job)
@@ -1249,7 +1249,7 @@ def test_both_without_grace_a_lower_job_is_told_at_once_and_waited_for(both):
     desk.until_state(low, "COMPLETING")
     assert desk.show(high) == "PENDING"
     for name in ("batch", "child"):
-        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+        desk.until(lambda: sorted(desk.signals(name)) == ["CONT", "TERM"], name)
     for name in ("task0", "task1"):
         desk.until(lambda: desk.signals(name) == ["TERM", "CONT", "TERM"], name)
     assert "DUE TO PREEMPTION ***" in desk.output(low)
@@ -1275,7 +1275,7 @@ def test_both_with_grace_tasks_hear_first_and_the_script_at_the_next_cycle(both)
     assert desk.field(low, "EndTime") < before
     assert desk.field(low, "PreemptTime") not in ("None", None)
     for name in ("batch", "child"):
-        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+        desk.until(lambda: sorted(desk.signals(name)) == ["CONT", "TERM"], name)
     for name in ("task0", "task1"):
         desk.until(lambda: desk.signals(name)[2:] == ["TERM", "CONT", "TERM"], name)
     assert "JOB %s ON node1 CANCELLED AT" % low in desk.output(low) and "DUE TO PREEMPTION ***" in desk.output(low)
@@ -1395,7 +1395,7 @@ def test_both_a_lost_node_is_noticed_late_and_the_job_starts_on_others(both):
     text = desk.until(lambda: "DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***" in desk.output(job) and desk.output(job), "the words")
     assert "srun: error: Node failure on node2\n" in text
     for name in ("batch", "child", "task0"):
-        desk.until(lambda: desk.signals(name) == ["CONT", "TERM"], name)
+        desk.until(lambda: sorted(desk.signals(name)) == ["CONT", "TERM"], name)
     desk.until_state(job, "RUNNING")
     assert "node2" not in (desk.show(job, "%B"), desk.show(job, "%N")) and desk.field(job, "Restarts") == "1"
     desk.cluster.return_node("node2")

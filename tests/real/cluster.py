@@ -168,7 +168,7 @@ class RealCluster:
     def roots(self):
         return [daemon.pid for daemon in [self.keeper, *self.returned] if daemon and daemon.poll() is None]
 
-    def log(self, name):
+    def log(self, name="slurmctld"):
         """The text of logs/NAME.log: keeper, slurmctld, slurmd-node1, munged."""
         path = self.folder / "logs" / (name + ".log")
         return path.read_text(errors="replace") if path.exists() else ""
