@@ -7217,9 +7217,13 @@ def other_shape(data, overrides, failed_again, one_job):
     """The config of a run with other settings for its jobs; what is asked, and where answers go, is frozen."""
     if failed_again or one_job and not any(override.startswith("slurm.jobs") for override in overrides):
         data["slurm"]["jobs"] = 1  # two that ask failed prompts again would each wait for what the other holds
+    tables = tuple(f"{table}." for table in SHAPE_TABLES)
     for override in overrides:
-        if not override.startswith(tuple(f"{table}." for table in SHAPE_TABLES)):
+        dotted = override.partition("=")[0].strip()
+        if not dotted.startswith(tables):
+            meant = near_keys(dotted, [key for key in known_keys(Config) if key.startswith(tables)], 1)
             raise UserError(f"--set {override}", "cannot be changed for a run that was submitted",
+                            f'did you mean "{meant[0]}"?' if meant and "." not in dotted else
                             f"submit a new run, or set keys of {', '.join(SHAPE_TABLES)}")
         apply_override(data, override)
     data["overrides"] = [*data.get("overrides", []), *overrides]

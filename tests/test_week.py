@@ -89,6 +89,7 @@ def test_a_job_that_joins_has_the_shape_of_its_own_config_or_the_first(site):
     asks_other = dict(other, prompts={**site.data["prompts"], "max_tokens": 3})
     (site.folder / "asks.json").write_text(json.dumps(asks_other))
     said = site.llmrun("submit", "--join", run, "asks.json", code=2)
+    assert 'did you mean "slurm.nodes"?' in site.llmrun("submit", "--join", run, "--set", "nodes=3", code=2)
     assert "[prompts] differs" in said and "slurm, engine, environment, network, model" in said
     site.llmrun("cancel")
     site.ended(4)
