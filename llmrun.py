@@ -2117,8 +2117,10 @@ def if_cancelled(run, found):
 
 def ended_facts(lives):
     """What a run took, over all of its lives."""
-    working_s = sum(life.progress.get("working_s", 0.0) for life in lives)
-    tokens = sum(life.progress.get("tokens", 0) for life in lives)
+    tokens, working_s, until = sum(life.progress.get("tokens", 0) for life in lives), 0.0, 0.0
+    told = [life.progress for life in lives if life.progress]
+    for begin, end in sorted((event["time"] - event["working_s"], event["time"]) for event in told):
+        working_s, until = working_s + max(0.0, end - max(begin, until)), max(until, end)  # jobs work side by side
     return {"took_s": round(max(life.ended for life in lives) - min(life.began for life in lives)),
             "tokens_per_s": round(tokens / working_s, 1) if working_s else 0.0,
             "nodes": list(dict.fromkeys(node for life in lives for node in life.events[0]["nodes"]))}
@@ -2227,6 +2229,8 @@ def state_watch(run, slurm):
             jobs = jobs or {job: unknown_job(job) for job in run.submitted()}
 
     def look():
+        if not run.config_file(0).exists():
+            raise ClusterError(str(run.folder), "the run's folder is gone", "its jobs end by themselves in a minute")
         if slurm and clock() - asked >= 15:
             ask()
         state = state_of(run, jobs or {})
@@ -6296,6 +6300,8 @@ class Orders:
     def stop(self, stop):
         """End now: unwind everything. Both TERM and INT may come twice; the first one counts."""
         if self.stopped is None:
+            if self.driver.run.stop_file.exists():
+                stop = Stop(WORK_LEFT, CANCELLED)
             self.stopped = stop
             self.tell("stopping", why=stop.why)
             self.task.cancel()
@@ -7402,8 +7408,9 @@ def runs_folder(args):
     return "runs"
 
 
-def find_run(args):
-    """The run that is meant: by folder, name, job id, or the newest."""
+def find_run(args, going=None):
+    """The run that is meant: by folder, name, job id, or the newest; of those, with a Slurm to ask who is `going`, the
+    newest that is not over."""
     wanted = args.run
     if wanted and os.path.isfile(os.path.join(wanted, "shapes", "0", "config.json")):
         return Run(os.path.abspath(wanted))
@@ -7411,12 +7418,13 @@ def find_run(args):
     if not runs:
         raise UserError(runs_folder(args), "there are no runs here",
                         "start one with `submit`, or name the folder: --runs")
-    if not wanted:
-        return runs[-1]
-    fitting = [run for run in runs if wanted in (readable(run, names_of) or ())]
+    fitting = [run for run in runs if not wanted or wanted in (readable(run, names_of) or ())]
     if not fitting:
         raise UserError(wanted, "no run of that name or job id", nearest(wanted, [run.name for run in runs])
                         or "`status` lists the runs")
+    if going and len(fitting) > 1:
+        jobs = going.jobs([job for run in fitting for job in run.submitted()])
+        fitting = [run for run in fitting if state_of(run, jobs)["exit_code"] is None] or fitting
     return fitting[-1]
 
 
@@ -7533,8 +7541,12 @@ def first_log(run, find, look):
 def cancel_lost_job(job, slurm):
     """End a job of llmrun's whose run is not found: its folder was deleted, or lies elsewhere."""
     detail = slurm.detail(job)
+    state = re.search(r"\bJobState=(\w+)", detail)
     if not re.search(r"\bCommand=\S*/shapes/\d+/job\.sh\b", detail):
         return False
+    if state and state.group(1) in ENDED_STATES:
+        say(f"job {job} has ended already; the folder of its run is not here")
+        return True
     slurm.cancel([int(job)])
     say(f"job {job}: cancelled; the folder of its run is not here")
     return True
@@ -7543,7 +7555,7 @@ def cancel_lost_job(job, slurm):
 def command_cancel(args):
     slurm = query_slurm()
     try:
-        run = find_run(args)
+        run = find_run(args, slurm)
     except UserError:
         if slurm and args.run.isdigit() and cancel_lost_job(args.run, slurm):
             return DONE

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 import llmrun
 from conftest import wait_for
@@ -55,8 +56,38 @@ def test_a_job_whose_folder_was_deleted_ends(site_on):
     site.amend("", "Orders.GONE_S = 1.0")
     site.llmrun("submit", "config.json")
     site.answering()
+    looking = [site.start(*words) for words in (("status", "-f"), ("logs", "-f"))]
+    site.wait_for_event("ready")
+    wait_for("them to look", lambda: len(site.lives()) == 1 and all(one.poll() is None for one in looking))
+    time.sleep(1)  # Python has started
     shutil.rmtree(site.run)
+    for one in looking:
+        output, _ = one.communicate(timeout=20)
+        assert one.returncode == 3 and "the run's folder is gone" in output, output
     site.assert_nothing_left(20)
+
+
+def test_cancel_means_the_newest_run_that_is_not_over(site):
+    site.slow(400)
+    site.llmrun("submit", "config.json")
+    going = site.run
+    site.answering()
+    site.assert_answers()  # to what was asked until here
+    site.write_prompts(2)
+    site.config(prompts={"max_tokens": 4})
+    site.llmrun("submit", "config.json", "--wait")
+    assert "cancelled" in site.llmrun("cancel")
+    wait_for("the end", lambda: llmrun.state_of(llmrun.Run(going), {})["detail"] == "cancelled by you", 30)
+
+
+def test_the_rate_of_jobs_that_worked_side_by_side_is_that_of_all(tmp_path):
+    def life(job, began, ended, tokens):
+        events = [{"event": "start", "time": began - 5, "job": job, "submitted": job, "nodes": ["n1"], "pid": 1, "born": 1, "host": "elsewhere"},
+                  {"event": "progress", "time": ended, "answers": 1, "tokens": tokens, "working_s": ended - began},
+                  {"event": "end", "time": ended, "code": 0, "why": "", "next": ""}]
+        return llmrun.LifeState(llmrun.Life(job, 0, 0), events, None)
+    side_by_side = [life(1, 100.0, 110.0, 1000), life(2, 105.0, 115.0, 1000), life(3, 200.0, 205.0, 500)]
+    assert llmrun.ended_facts(side_by_side)["tokens_per_s"] == 2500 / 20
 
 
 def test_a_job_without_a_folder_can_be_cancelled(site_on):
@@ -67,6 +98,7 @@ def test_a_job_without_a_folder_can_be_cancelled(site_on):
                            stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     shutil.rmtree(site.run)
     assert "job 1: cancelled; the folder of its run is not here" in site.llmrun("cancel", "1")
+    assert "job 1 has ended already" in site.llmrun("cancel", "1")
     site.llmrun("cancel", other, code=2)
     slurm = llmrun.Slurm(site.env)
     jobs = slurm.jobs([1, int(other)])
