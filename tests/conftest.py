@@ -130,7 +130,7 @@ class Site:
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
         self.output = done.stdout + done.stderr
         assert "Traceback" not in self.output, self.output
-        assert code is None or done.returncode == code, f"{args}: exit code {done.returncode}\n{self.output}\n{self.job_output()}"
+        assert done.returncode == code, f"{args}: exit code {done.returncode}\n{self.output}\n{self.job_output()}"
         if code in (0, 1) and ("--wait" in args or args[0] == "run"):
             self.assert_answers()
         return done.stdout if code == 0 else self.output
