@@ -3441,10 +3441,10 @@ class Says(NamedTuple):
         return await part.placed.node.ask("said", name=part.process.name, pattern=self.pattern)
 
 
-async def look(client, path):
+async def look(client, path, timeout_s=30.0):
     """What a server answers; nothing, with status 0, if it does not."""
     try:
-        return await client.request("GET", path, timeout_s=30)
+        return await client.request("GET", path, timeout_s=timeout_s)
     except WireError:
         return Message(NO_HEAD, b"")
 

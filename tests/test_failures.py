@@ -533,3 +533,15 @@ def test_an_engine_that_lives_and_answers_nothing_is_named_and_its_prompts_are_o
     assert re.search(words, state["detail"]) and state["detail"] in output
     here.llmrun("resume", "--set", f"environment.vars.{next(iter(env))}=", "--set", "environment.vars.FAKE_LLAMA_FAULTS=503")
     assert len(here.results()) == 30 == here.status()["done"]
+
+
+def test_an_engine_that_stands_still_is_started_anew_and_costs_no_prompt(here):
+    """Its process is there, as one that waits for a GPU or a disk for ever: no answer, and no word of its health."""
+    here.slow(12)
+    here.amend("", "Pulse.LOOK_S, Pulse.SIGNS_S, Pulse.UNWELL_S, Pump.DEATH_PAUSE_S = 0.2, 0.5, 2.0, 0.1", "look.__defaults__ = (1.0,)")
+    running = here.start("run", "--here", "config.json")
+    here.answering()
+    os.kill(here.process("llama-server", "--port"), signal.SIGSTOP)
+    output, _ = running.communicate(timeout=90)
+    assert running.returncode == 0 and "does not even say that it is well" in here.job_output(), output
+    assert len(here.results()) == 12 and [event["event"] for event in here.events()].count("ready") == 2
