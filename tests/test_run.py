@@ -384,10 +384,10 @@ def test_the_counts_of_a_run_are_those_of_its_last_life(run):
 def test_why_a_run_ended_is_not_what_ended_its_life_before(run):
     again = llmrun.Life(8, 0, 0)
     run.new_life(8, 0)
-    tell(run, LIFE, started(host="elsewhere"), left(120.0, 2, "the model does not fit", 3))
-    tell(run, again, started(8, 130.0, host="elsewhere"), left(140.0, 7))
+    tell(run, LIFE, started(host="elsewhere"), left(120.0, 2))
+    tell(run, again, started(8, 130.0, host="elsewhere"), left(140.0, 7, "the model does not fit", 3))
     state = llmrun.state_of(run, {})
-    assert (state["exit_code"], state["detail"]) == (4, "told to end (SIGTERM)")
+    assert (state["exit_code"], state["detail"]) == (3, "the model does not fit")
 
 
 def test_a_run_that_is_done_and_asks_its_failed_prompts_again_is_not_done(run):
