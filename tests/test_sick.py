@@ -161,8 +161,10 @@ def test_prompts_that_fail_while_others_succeed_fail_alone(loop):
 
 
 def test_refusals_of_the_prompts_themselves_are_no_sickness(loop):
-    run = Pumped(loop, names(300), lambda: Replica(0, lambda replica, name, times: (None if name == "?" else 1.0, refuses(400))))
-    assert run.counted() == {400: 300} and not run.replicas[0].starts
+    def play(replica, name, times):
+        return None if name == "?" else 1.0, refuses(500 if name[0] == "P" else 400)
+    run = Pumped(loop, names(10, "P") + names(300), lambda: Replica(0, play, in_flight=12))
+    assert run.counted() == {400: 300, 500: 10} and not run.replicas[0].starts
 
 
 # ── silence ────────────────────────────────────────────────────────────────────
